@@ -1,0 +1,141 @@
+"""Write a quantized checkpoint key by key from its source, atomically."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from vlmq_serve.format.config import QuantizationSpec
+from vlmq_serve.format.errors import VLMQError
+from vlmq_serve.format.headers import (
+    INDEX_FILE,
+    NAMES_HASH,
+    SINGLE_FILE,
+    TensorInfo,
+    hash_names,
+    read_header,
+    read_json,
+    read_tensor_index,
+    shard_files,
+)
+from vlmq_serve.format.weight import PackedWeight
+
+# Other forms of the same weights: copying them would ship the unquantized model along.
+_OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"}
+_REPORT_FOLDER = "vlmq"
+
+
+def read_tensors(folder: Path, names: list[str]) -> dict[str, torch.Tensor]:
+    """Load the named tensors of a model folder."""
+    index = read_tensor_index(folder)
+    missing = [name for name in names if name not in index]
+    if missing:
+        raise VLMQError(f"{folder}: {len(missing)} tensors not found, first {missing[0]!r}")
+    loaded = {}
+    for path in {index[name].file for name in names}:
+        with safe_open(path, framework="pt") as shard:
+            loaded.update({name: shard.get_tensor(name) for name in names if index[name].file == path})
+    return loaded
+
+
+def write_checkpoint(
+    source: Path,
+    out: Path,
+    packed: Mapping[str, PackedWeight],
+    spec: QuantizationSpec,
+    report: Path | None = None,
+) -> None:
+    """Write `out` as a copy of the model folder `source` with the weights of `packed` replaced.
+
+    `packed` maps linear names as they stand in the source (`X` for the tensor `X.weight`); it may load lazily, one
+    shard's worth is held at a time. Files other than weights and config.json are copied byte for byte; a `report`
+    folder becomes `out/vlmq`. All is written to `out.writing` and renamed at the end, so that a run that dies leaves
+    no folder that looks finished. Raises `VLMQError` when `out` exists or the source does not fit.
+    """
+    tensors = read_tensor_index(source)
+    config = read_json(source / "config.json")
+    _check_request(source, out, packed, spec, tensors, config)
+    staging = out.with_name(out.name + ".writing")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        _copy_other_files(source, staging)
+        weight_map: dict[str, str] = {}
+        total = sum(_write_shard(path, staging / path.name, packed, weight_map) for path in shard_files(source))
+        if (source / INDEX_FILE).exists():
+            _write_json(staging / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        hashed = replace(spec, hashes={**spec.hashes, NAMES_HASH: hash_names(weight_map)})
+        _write_json(staging / "config.json", {**config, "quantization_config": hashed.to_dict()})
+        if report is not None:
+            shutil.copytree(report, staging / _REPORT_FOLDER)
+        os.rename(staging, out)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _check_request(
+    source: Path,
+    out: Path,
+    packed: Mapping[str, PackedWeight],
+    spec: QuantizationSpec,
+    tensors: Mapping[str, TensorInfo],
+    config: Mapping[str, object],
+) -> None:
+    if out.exists():
+        raise VLMQError(f"{out}: exists already; choose another output folder or remove it first")
+    if "quantization_config" in config:
+        raise VLMQError(f"{source}: is quantized already (quantization_config in config.json); give the original model")
+    unknown = [name for name in packed if f"{name}.weight" not in tensors]
+    if unknown:
+        raise VLMQError(f"{source}: has no weight for {len(unknown)} quantized linears, first {unknown[0]!r}")
+    mismatched = [name for name in packed if spec.scheme_for(name) is None]
+    if mismatched:
+        raise VLMQError(f"{mismatched[0]}: is quantized, but the ignore list {list(spec.ignore)} excludes it")
+    spec.check_fused(packed)
+    need = sum(info.nbytes for info in tensors.values())
+    parent = next(p for p in out.absolute().parents if p.exists())
+    free = shutil.disk_usage(parent).free
+    if free < need:
+        raise VLMQError(f"{parent}: {free / 2**30:.1f} GiB free, up to {need / 2**30:.1f} GiB needed; free some space")
+
+
+def _copy_other_files(source: Path, staging: Path) -> None:
+    for path in sorted(source.rglob("*")):
+        relative = path.relative_to(source)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        replaced = relative.as_posix() in ("config.json", INDEX_FILE, SINGLE_FILE)
+        if hidden or replaced or not path.is_file() or path.suffix in _OTHER_WEIGHTS:
+            continue
+        target = staging / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+
+
+def _write_shard(path: Path, target: Path, packed: Mapping[str, PackedWeight], weight_map: dict[str, str]) -> int:
+    """Write one shard and note its tensors in `weight_map`; returns the bytes of its tensors."""
+    infos, metadata = read_header(path)
+    tensors: dict[str, torch.Tensor] = {}
+    with safe_open(path, framework="pt") as shard:
+        for key in infos:
+            name = key.removesuffix(".weight")
+            if key.endswith(".weight") and name in packed:
+                weight = packed[name]
+                if infos[key].shape != weight.shape:
+                    raise VLMQError(f"{key}: source shape {infos[key].shape}, quantized shape {weight.shape}")
+                tensors.update(weight.tensors(name))
+            else:
+                tensors[key] = shard.get_tensor(key)
+    save_file(tensors, target, metadata or {"format": "pt"})
+    weight_map.update(dict.fromkeys(tensors, target.name))
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
