@@ -1,0 +1,64 @@
+"""Accuracy with confidence intervals, and paired differences between two models on the same questions."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Z95 = 1.959963984540054
+"""Two-sided 95 % quantile of the normal distribution."""
+
+
+@dataclass(frozen=True)
+class Proportion:
+    """`hits` of `total`, with its 95 % Wilson score interval (Wilson 1927, eq. 4)."""
+
+    hits: int
+    total: int
+
+    @property
+    def value(self) -> float:
+        return self.hits / self.total if self.total else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """(low, high) in [0, 1]; (nan, nan) without questions."""
+        if not self.total:
+            return math.nan, math.nan
+        n, p = self.total, self.value
+        centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+        half = Z95 / (1 + Z95**2 / n) * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n))
+        return max(0.0, centre - half), min(1.0, centre + half)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of paired differences in [-1, 1] and its 95 % normal interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def paired_difference(first: Sequence[bool], second: Sequence[bool]) -> Difference:
+    """Accuracy of `first` minus that of `second` on the same questions, in the same order.
+
+    The interval uses the variance of the per-question difference, which is far smaller than that of two independent
+    accuracies, since most questions are answered alike. Raises ValueError when the lengths differ or are below 2.
+    """
+    if len(first) != len(second) or len(first) < 2:
+        raise ValueError(f"paired difference: got {len(first)} and {len(second)} answers, needs two equal lists of >= 2")
+    differences = [int(a) - int(b) for a, b in zip(first, second, strict=True)]
+    n = len(differences)
+    mean = sum(differences) / n
+    variance = sum((d - mean) ** 2 for d in differences) / (n - 1)
+    half = Z95 * math.sqrt(variance / n)
+    return Difference(mean, mean - half, mean + half)
+
+
+def by_task(tasks: Sequence[str], correct: Sequence[bool]) -> dict[str, Proportion]:
+    """Proportion of correct answers per task, in alphabetical order."""
+    result = {}
+    for task in sorted(set(tasks)):
+        hits = [c for t, c in zip(tasks, correct, strict=True) if t == task]
+        result[task] = Proportion(sum(hits), len(hits))
+    return result
