@@ -1,0 +1,39 @@
+# Every target works in a fresh clone: `setup` builds .venv and costs about a second when that is done.
+PYTHON ?= python3
+VENV := .venv/bin
+TEST_SECONDS ?= 4500
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench clean
+
+help:
+	@echo "make setup   build .venv: torch, vLLM (CPU, or CUDA where nvidia-smi works) and this package"
+	@echo "make demo    calibrate the tiny model, serve it with vLLM, ask about two images"
+	@echo "make test    lint, then every test that this machine can run"
+	@echo "make lint    ruff and mypy"
+	@echo "make format  let ruff rewrite the files"
+	@echo "make bench   kernel and serving measurements"
+
+setup:
+	@$(PYTHON) scripts/setup_env.py
+
+demo: setup
+	@$(VENV)/python examples/demo/run.py
+
+test: lint
+	@timeout --signal=INT --kill-after=60 $(TEST_SECONDS) $(VENV)/python -m pytest
+
+lint: setup
+	@$(VENV)/ruff check .
+	@$(VENV)/ruff format --check .
+	@$(VENV)/mypy
+
+format: setup
+	@$(VENV)/ruff check --fix .
+	@$(VENV)/ruff format .
+
+bench: setup
+	@$(VENV)/vlmq bench kernels
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
