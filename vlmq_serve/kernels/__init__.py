@@ -1,0 +1,9 @@
+"""Matrix products with 2, 3 and 4-bit weights: Triton on GPUs, torch's int4 kernel on CPUs, a plain reference.
+
+Importing this package imports neither Triton nor CUDA and registers no operator; `prepare` does what is needed.
+"""
+
+from vlmq_serve.kernels.op import ensure_registered, gemm
+from vlmq_serve.kernels.prepared import PreparedWeight, linear, prepare
+
+__all__ = ["PreparedWeight", "ensure_registered", "gemm", "linear", "prepare"]

@@ -1,0 +1,80 @@
+"""Which path serves a weight: by device and dtype, or as VLMQ_KERNEL says."""
+
+import logging
+import os
+
+import torch
+
+from vlmq_serve.format.errors import VLMQError
+from vlmq_serve.kernels.nibbles import int4_kernel_block
+
+REFERENCE = "reference"
+CPU_INT4 = "cpu_int4"
+CPU_DEQUANT = "cpu_dequant"
+TRITON = "triton"
+PATHS = (REFERENCE, CPU_INT4, CPU_DEQUANT, TRITON)
+ENVIRONMENT = "VLMQ_KERNEL"
+FAST_BITS = (2, 3, 4)
+ACTIVATIONS = (torch.float32, torch.float16, torch.bfloat16)
+
+logger = logging.getLogger(__name__)
+_logged: set[tuple[object, ...]] = set()
+
+
+def choose_path(bits: int, dtype: torch.dtype, device: torch.device, forced: str | None = None) -> str:
+    """Name of the path for weights of `bits` bits with activations of `dtype` on `device`.
+
+    `forced` wins over the environment variable VLMQ_KERNEL, which wins over the automatic choice. Raises
+    `VLMQError` for an unknown name and for a path that cannot serve this case.
+    """
+    if dtype not in ACTIVATIONS:
+        raise VLMQError(f"activations: got {dtype}, allowed {[str(d) for d in ACTIVATIONS]}")
+    path = forced or os.environ.get(ENVIRONMENT) or None
+    if path is None:
+        return _automatic(bits, dtype, device)
+    if path not in PATHS:
+        raise VLMQError(f"{ENVIRONMENT}: got {path!r}, allowed {list(PATHS)}; unset it for the automatic choice")
+    reason = _refusal(path, bits, dtype, device)
+    if reason:
+        case = f"W{bits} with {dtype} on {device}"
+        better = _automatic(bits, dtype, device)
+        raise VLMQError(f"{ENVIRONMENT}: got {path!r}, which cannot serve {case} ({reason}); use {better!r}")
+    return path
+
+
+def _automatic(bits: int, dtype: torch.dtype, device: torch.device) -> str:
+    preferred = (TRITON,) if device.type == "cuda" else (CPU_INT4, CPU_DEQUANT)
+    return next((p for p in preferred if not _refusal(p, bits, dtype, device)), REFERENCE)
+
+
+def _refusal(path: str, bits: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why `path` cannot serve; None when it can."""
+    if path == REFERENCE:
+        return None
+    if bits not in FAST_BITS:
+        return f"it holds {FAST_BITS} bits"
+    if path == TRITON:
+        if dtype == torch.float32:
+            return "it multiplies in float16 or bfloat16"
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return None if device.type == "cuda" or interpreted else "it needs an NVIDIA GPU"
+    if device.type != "cpu":
+        return "it runs on CPUs"
+    if path == CPU_INT4 and dtype != torch.bfloat16:
+        return "torch's int4 kernel is fast for bfloat16 only"
+    if path == CPU_INT4 and int4_kernel_block() is None:
+        return "this torch has no int4 kernel of a known layout"
+    return None
+
+
+def log_choice(path: str, bits: int, group_size: int, shape: tuple[int, int], dtype: torch.dtype, nbytes: int) -> None:
+    """One line per kind of layer, once per process."""
+    key = (path, bits, group_size, shape, dtype)
+    if key in _logged:
+        return
+    _logged.add(key)
+    bits_per_weight = 8 * nbytes / max(1, shape[0] * shape[1])
+    logger.info(
+        "W%d group %d, N=%d K=%d, %s: %s (%.2f bits per weight in memory)",
+        bits, group_size, *shape, str(dtype).removeprefix("torch."), path, bits_per_weight,
+    )  # fmt: skip

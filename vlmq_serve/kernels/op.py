@@ -1,0 +1,61 @@
+"""The custom operator `vlmq::gemm`: one entry for every path, opaque to torch.compile."""
+
+import torch
+from torch import Tensor
+
+from vlmq_serve.kernels import choice, cpu, reference
+
+NAME = "gemm"
+SCHEMA = (
+    "gemm(Tensor x, Tensor qdata, Tensor scales, Tensor zeros, int bits, int group_size, int out_features, str path)"
+    " -> Tensor"
+)
+_library: torch.library.Library | None = None
+
+
+def ensure_registered() -> None:
+    """Register the operator; safe to call any number of times."""
+    global _library
+    if _library is not None:
+        return
+    library = torch.library.Library("vlmq", "FRAGMENT")
+    library.define(SCHEMA)
+    for key in ("CPU", "CUDA"):
+        library.impl(NAME, _gemm, key)
+    torch.library.register_fake("vlmq::gemm", _gemm_fake, lib=library)
+    # The registration lives as long as this object.
+    _library = library
+
+
+def gemm(
+    x: Tensor, qdata: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int, out_features: int, path: str
+) -> Tensor:
+    """x [..., K] times a prepared weight (the fields of `PreparedWeight`), [..., N] in the dtype of x."""
+    ensure_registered()
+    y: Tensor = torch.ops.vlmq.gemm(x, qdata, scales, zeros, bits, group_size, out_features, path)
+    return y
+
+
+def _gemm(
+    x: Tensor, qdata: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int, out_features: int, path: str
+) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.shape[0] == 0:
+        return x.new_empty((*x.shape[:-1], out_features))
+    if path == choice.TRITON:
+        from vlmq_serve.kernels import triton_gemm
+
+        y = triton_gemm.gemm(rows, qdata, scales, zeros, bits, group_size, out_features)
+    elif path == choice.CPU_INT4:
+        y = cpu.gemm_int4(rows, qdata, scales, zeros, out_features)
+    elif path == choice.CPU_DEQUANT:
+        y = cpu.gemm_dequant(rows, qdata, scales, zeros, out_features)
+    else:
+        y = reference.gemm(rows, qdata, scales, zeros, bits, group_size)
+    return y.reshape(*x.shape[:-1], out_features)
+
+
+def _gemm_fake(
+    x: Tensor, qdata: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int, out_features: int, path: str
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
