@@ -12,8 +12,9 @@ import transformers
 from vlmq_serve.format.config import QUANT_METHOD, QuantizationSpec
 from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.format.headers import find_problems, quantized_modules, read_json, read_tensor_index
+from vlmq_serve.format.scheme import SUFFIXES
 from vlmq_serve.format.shards import read_tensors
-from vlmq_serve.format.weight import SUFFIXES, PackedWeight
+from vlmq_serve.format.weight import PackedWeight
 
 
 def read_spec(folder: Path) -> QuantizationSpec | None:

@@ -46,7 +46,9 @@ def paired_difference(first: Sequence[bool], second: Sequence[bool]) -> Differen
     accuracies, since most questions are answered alike. Raises ValueError when the lengths differ or are below 2.
     """
     if len(first) != len(second) or len(first) < 2:
-        raise ValueError(f"paired difference: got {len(first)} and {len(second)} answers, needs two equal lists of >= 2")
+        raise ValueError(
+            f"paired difference: got {len(first)} and {len(second)} answers, needs two equal lists of >= 2"
+        )
     differences = [int(a) - int(b) for a, b in zip(first, second, strict=True)]
     n = len(differences)
     mean = sum(differences) / n

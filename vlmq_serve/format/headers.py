@@ -9,7 +9,7 @@ from typing import Any
 
 from vlmq_serve.format.config import QuantizationSpec
 from vlmq_serve.format.errors import VLMQError
-from vlmq_serve.format.weight import SUFFIXES, tensor_shapes
+from vlmq_serve.format.scheme import SUFFIXES, tensor_shapes
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

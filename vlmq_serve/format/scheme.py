@@ -8,6 +8,8 @@ from vlmq_serve.format.errors import VLMQError
 ALLOWED_BITS = (2, 3, 4, 8)
 ALLOWED_GROUP_SIZES = (32, 64, 128, -1)
 WORD_BITS = 32
+SUFFIXES = ("qweight", "scales", "zeros")
+"""Names of the checkpoint tensors of one linear, behind the linear's own name."""
 CODES_PER_BLOCK = 32
 """Codes along K come in blocks of 32, which fill `bits` int32 words exactly at every width."""
 
@@ -76,3 +78,15 @@ class Scheme:
     def packed_words(self, in_features: int) -> int:
         """int32 words of one packed row."""
         return in_features * self.bits // WORD_BITS
+
+
+def tensor_shapes(scheme: Scheme, out_features: int, in_features: int) -> dict[str, tuple[int, int]]:
+    """Shapes of the checkpoint tensors of a [N, K] weight, by suffix; no `zeros` when symmetric."""
+    groups = scheme.num_groups(in_features)
+    shapes = {
+        "qweight": (out_features, scheme.packed_words(in_features)),
+        "scales": (out_features, groups),
+    }
+    if not scheme.symmetric:
+        shapes["zeros"] = (out_features, groups)
+    return shapes

@@ -7,21 +7,7 @@ from torch import Tensor
 
 from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.format.packing import pack_codes, unpack_codes
-from vlmq_serve.format.scheme import WORD_BITS, Scheme
-
-SUFFIXES = ("qweight", "scales", "zeros")
-
-
-def tensor_shapes(scheme: Scheme, out_features: int, in_features: int) -> dict[str, tuple[int, int]]:
-    """Shapes of the checkpoint tensors of a [N, K] weight, by suffix; no `zeros` when symmetric."""
-    groups = scheme.num_groups(in_features)
-    shapes = {
-        "qweight": (out_features, scheme.packed_words(in_features)),
-        "scales": (out_features, groups),
-    }
-    if not scheme.symmetric:
-        shapes["zeros"] = (out_features, groups)
-    return shapes
+from vlmq_serve.format.scheme import WORD_BITS, Scheme, tensor_shapes
 
 
 @dataclass(frozen=True)

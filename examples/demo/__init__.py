@@ -1,0 +1,1 @@
+"""`make demo`: from image to answer in one command, on a machine without a GPU."""

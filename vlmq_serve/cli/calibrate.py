@@ -1,0 +1,90 @@
+"""`vlmq calibrate`: a model folder and chats with images in, a packed checkpoint out."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from vlmq_serve.cli.console import RichProgress, human_bytes, one_line_errors, out
+from vlmq_serve.format.errors import VLMQError
+
+if TYPE_CHECKING:
+    from vlmq_serve.calibrate.plan import Plan
+    from vlmq_serve.calibrate.recipe import Recipe
+    from vlmq_serve.calibrate.report import RunReport
+
+
+@one_line_errors
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Model folder, or the name of a model on the Hugging Face hub.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")],
+    data: Annotated[Path | None, typer.Option(help="JSON lines: chats with images. Not needed by rtn.")] = None,
+    method: Annotated[str | None, typer.Option(help="vlmq (default), gptaq, gptq or rtn.")] = None,
+    bits: Annotated[int | None, typer.Option(help="2, 3, 4 (default) or 8.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="32, 64, 128 (default), or -1 for whole rows.")] = None,
+    symmetric: Annotated[bool | None, typer.Option(help="Fixed zero point instead of one per group.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Chats drawn from the data file (default 512).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the draw (default 0).")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML file with all settings; options win over it.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run of the same settings.")
+    ] = False,
+) -> None:
+    """Quantize the decoder of a vision-language model, layer by layer, weighing tokens by their saliency.
+
+    Writes OUTPUT with the packed weights, everything else byte for byte as in MODEL, and a report in OUTPUT/vlmq.
+
+    Example: vlmq calibrate Qwen/Qwen2-VL-2B-Instruct -o qwen2vl-vlmq-w4 --data chats.jsonl
+
+    Example: vlmq calibrate ./model -o out --data chats.jsonl --bits 3 --group-size 64 --dry-run
+    """
+    from vlmq_serve.calibrate.pipeline import calibrate as run
+    from vlmq_serve.calibrate.plan import make_plan
+    from vlmq_serve.calibrate.recipe import load_recipe, make_recipe
+
+    given = {"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric}
+    settings: dict[str, Any] = {**given, "samples": samples, "seed": seed}
+    settings = {key: value for key, value in settings.items() if value is not None}
+    chosen = load_recipe(recipe, **settings) if recipe else make_recipe(**settings)
+    if chosen.needs_data and data is None:
+        raise VLMQError(f"--data: missing; method {chosen.method!r} needs chats with images (only rtn does without)")
+    if output.exists():
+        raise VLMQError(f"--output {output}: exists already; choose another folder or remove it first")
+    out.print(_plan_table(make_plan(model, chosen), chosen, output, data))
+    if dry_run:
+        out.print("dry run: nothing was written")
+        return
+    with RichProgress() as progress:
+        report = run(model, output, data, chosen, resume=resume, progress=progress)
+    _print_report(report)
+
+
+def _plan_table(plan: "Plan", recipe: "Recipe", output: Path, data: Path | None) -> Table:
+    schemes: dict[str, int] = {}
+    for linear in plan.quantized:
+        schemes[str(linear.scheme)] = schemes.get(str(linear.scheme), 0) + 1
+    table = Table(title="Plan", title_justify="left", show_header=False)
+    rows = {
+        "model": f"{plan.source} ({plan.adapter.model_type}, {plan.layers} decoder layers)",
+        "method": recipe.method,
+        "linears": ", ".join(f"{count} at {scheme}" for scheme, count in schemes.items()),
+        "left alone": ", ".join(recipe.ignore) or "-",
+        "data": f"{data}, up to {recipe.samples} chats" if recipe.needs_data else "not needed",
+        "size": f"{human_bytes(plan.bytes_before)} -> {human_bytes(plan.bytes_after)}",
+        "memory": f"about {human_bytes(plan.estimated_bytes)}",
+        "output": str(output),
+    }
+    for key, value in rows.items():
+        table.add_row(key, value)
+    return table
+
+
+def _print_report(report: "RunReport") -> None:
+    for note in report.notes:
+        out.print(f"note: {note}", highlight=False, soft_wrap=True)
+    size = f"{human_bytes(report.bytes_before)} -> {human_bytes(report.bytes_after)}"
+    seconds = sum(report.seconds.values())
+    out.print(f"[green]done[/]: {report.out}, {size}, {seconds:.0f} s, peak memory {report.peak_memory_mib:.0f} MiB")
+    out.print(f"report: {report.out / 'vlmq'}; serve it: vllm serve {report.out}", highlight=False, soft_wrap=True)

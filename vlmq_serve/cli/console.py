@@ -1,0 +1,97 @@
+"""What all commands share on the terminal: consoles, one-line errors, progress bars."""
+
+import functools
+import resource
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from vlmq_serve.format.errors import VLMQError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+out = Console()
+err = Console(stderr=True)
+
+
+def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
+    """Turn a `VLMQError` into one line on stderr and exit status 1; other exceptions are ours and keep their trace."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except VLMQError as error:
+            err.print("[bold red]error:[/] ", end="")
+            err.print(str(error), markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from None
+
+    return wrapped
+
+
+def progress_bar() -> Progress:
+    """A bar with count, elapsed time, estimated time left and a free text field `note`."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=err,
+    )
+
+
+def human_bytes(count: float) -> str:
+    """`1.5 GiB`, `640.0 KiB`."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+class RichProgress:
+    """Draws the stages of a calibration (`vlmq_serve.calibrate.progress.Progress`), one bar per stage."""
+
+    def __init__(self) -> None:
+        self._bar = progress_bar()
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> "RichProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def stage(self, title: str, total: int) -> None:
+        """Begin a new bar; the one before stays as it is."""
+        self._task = self._bar.add_task(title, total=total, note="")
+
+    def advance(self, detail: str = "") -> None:
+        """Count one step of the current stage."""
+        if self._task is not None:
+            self._bar.update(self._task, advance=1, note=f"{detail} {_peak_memory()}")
+
+    def note(self, message: str) -> None:
+        """Print a line above the bars."""
+        self._bar.console.print(f"note: {message}", highlight=False, soft_wrap=True)
+
+
+def _peak_memory() -> str:
+    """Highest resident memory of this process so far (Linux counts it in KiB)."""
+    return f"peak {human_bytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)}"

@@ -1,0 +1,110 @@
+"""`vlmq eval`: accuracy of a model folder or of a served endpoint."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from vlmq_serve.cli.console import one_line_errors, out, progress_bar
+from vlmq_serve.format.errors import VLMQError
+
+if TYPE_CHECKING:
+    from vlmq_serve.calibrate.chats import Chat
+    from vlmq_serve.evaluate.run import Evaluation
+
+Answerer = Callable[[Sequence["Chat"]], Iterator[str]]
+
+
+@one_line_errors
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(help="Model folder (bf16 or vlmq), or the base URL of a server: http://.../v1")
+    ],
+    data: Annotated[Path, typer.Option(help="JSON lines: chats with images and the expected answer.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write answers and figures as JSON.")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="JSON of another evaluation on the same data: agreement and paired difference.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N chats.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Chats at once (folder), or requests at once (URL).")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
+) -> None:
+    """Ask a model every question of a data file and compare with the expected answers.
+
+    A folder runs in transformers (a vlmq checkpoint with its weights dequantized), a URL is asked as OpenAI clients do.
+
+    Example: vlmq eval ./qwen2vl-vlmq-w4 --data eval.jsonl -o w4.json --reference bf16.json
+
+    Example: vlmq eval http://localhost:8000/v1 --data eval.jsonl
+    """
+    from vlmq_serve.evaluate.run import evaluate_chats, read_evaluation
+
+    earlier = read_evaluation(reference) if reference else None
+    if output is not None and not output.absolute().parent.is_dir():
+        raise VLMQError(f"--output {output}: the folder {output.absolute().parent} does not exist")
+    remote = model.startswith(("http://", "https://"))
+    out.print(f"evaluate {model} {'over the OpenAI API' if remote else 'in transformers, fp32'} on {data}")
+    answer = (_remote if remote else _local)(model, batch_size, max_new_tokens)
+    with progress_bar() as bar:
+        task = bar.add_task("questions", total=None, note="")
+        result = evaluate_chats(
+            model,
+            data,
+            answer,
+            limit=limit,
+            on_answer=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    out.print(accuracy_table(result, earlier))
+    if output is not None:
+        output.write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
+
+
+def accuracy_table(result: "Evaluation", reference: "Evaluation | None") -> Table:
+    """Accuracy per task and overall with 95 % intervals, and how the answers relate to those of `reference`."""
+    table = Table(title=f"{result.model} on {result.data}", title_justify="left")
+    for column in ("task", "accuracy", "95 % interval", "questions"):
+        table.add_column(column, justify="right" if column != "task" else "left")
+    for task, share in {**result.per_task, "all": result.overall}.items():
+        low, high = share.interval
+        table.add_row(task, f"{share.value:.1%}", f"{low:.1%} to {high:.1%}", str(share.total))
+    if reference is not None:
+        difference, agreement = result.against(reference), result.agreement(reference)
+        table.add_row(
+            f"minus {reference.model}",
+            f"{difference.value:+.1%}",
+            f"{difference.low:+.1%} to {difference.high:+.1%}",
+            "",
+        )
+        table.add_row("same answer", f"{agreement.value:.1%}", "", str(agreement.total))
+    return table
+
+
+def _local(model: str, batch_size: int, max_new_tokens: int) -> Answerer:
+    import transformers
+
+    from vlmq_serve.evaluate.answers import answer_locally
+    from vlmq_serve.evaluate.loading import load_model
+
+    folder = Path(model)
+    if not folder.is_dir():
+        raise VLMQError(f"{model}: no such folder; give a model folder or a URL that starts with http:// or https://")
+    loaded = load_model(folder)
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+
+    def answer(chats: Sequence["Chat"]) -> Iterator[str]:
+        replies = answer_locally(loaded, processor, chats, batch_size=batch_size, max_new_tokens=max_new_tokens)
+        return (reply.text for reply in replies)
+
+    return answer
+
+
+def _remote(model: str, batch_size: int, max_new_tokens: int) -> Answerer:
+    from vlmq_serve.evaluate.endpoint import answer_remotely
+
+    def answer(chats: Sequence["Chat"]) -> Iterator[str]:
+        return answer_remotely(model, chats, concurrency=batch_size, max_new_tokens=max_new_tokens)
+
+    return answer
