@@ -174,13 +174,14 @@ def run(label: str, command: list[str], seconds: int = STEP_SECONDS) -> int:
     with LOG.open("a") as log:
         log.write(f"\n$ {' '.join(command)}\n")
         log.flush()
+        start = log.tell()
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT)
     try:
         while (code := wait(process)) is None:
             elapsed = time.monotonic() - started
             if elapsed > seconds:
                 raise SetupError(f"{label}: not done after {seconds} s; see {LOG}, then run `make setup` again")
-            show(f"setup: {label} ... {elapsed:.0f} s  {pip_activity()}", final=False)
+            show(f"setup: {label} ... {elapsed:.0f} s  {pip_activity(start)}", final=False)
     finally:
         if process.poll() is None:
             process.kill()
@@ -196,17 +197,18 @@ def wait(process: subprocess.Popen[bytes]) -> int | None:
         return None
 
 
-def last_lines(count: int) -> list[str]:
+def last_lines(count: int, start: int = 0) -> list[str]:
+    """Last lines of the log that were written after byte `start`."""
     with LOG.open("rb") as log:
-        log.seek(max(0, os.fstat(log.fileno()).st_size - 4000))
+        log.seek(max(start, os.fstat(log.fileno()).st_size - 4000))
         lines = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
-    return lines[-count:] or [""]
+    return lines[-count:]
 
 
-def pip_activity() -> str:
+def pip_activity(start: int) -> str:
     """What pip is at, from its log: the last line that says so, shortened."""
     verbs = ("Collecting", "Downloading", "Installing", "Building", "Processing")
-    return next((line[:70] for line in reversed(last_lines(200)) if line.startswith(verbs)), "")
+    return next((line[:70] for line in reversed(last_lines(200, start)) if line.startswith(verbs)), "")
 
 
 def show(text: str, *, final: bool) -> None:

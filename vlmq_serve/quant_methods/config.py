@@ -1,0 +1,106 @@
+"""`VLMQConfig`: how vLLM learns which layer of a checkpoint is quantized, and how."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.models.utils import WeightsMapper
+
+from vlmq_serve.format.config import QUANT_METHOD, QuantizationSpec
+from vlmq_serve.format.errors import VLMQError
+from vlmq_serve.format.names import fused_members
+from vlmq_serve.format.scheme import Scheme
+from vlmq_serve.quant_methods.inventory import Inventory, read_inventory
+from vlmq_serve.quant_methods.linear import VLMQLinearMethod
+from vlmq_serve.quant_methods.names import map_module_name, map_spec
+
+MIN_CAPABILITY = 80
+"""Compute capability of the oldest GPU that the kernels are compiled for (8.0, A100)."""
+
+
+class VLMQConfig(QuantizationConfig):
+    """The `quantization_config` of a checkpoint inside vLLM. Plain data: vLLM pickles it to its workers."""
+
+    def __init__(self, spec: QuantizationSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.inventory: Inventory | None = None
+        self._applied_mappers: list[str] = []
+
+    def __repr__(self) -> str:
+        return f"VLMQConfig({self.spec.scheme}, {len(self.spec.overrides)} overrides, ignore={self.spec.ignore})"
+
+    def get_name(self) -> str:
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return MIN_CAPABILITY
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "VLMQConfig":
+        """Raises `VLMQError` for an unknown format_version, impossible bits and the like."""
+        return cls(QuantizationSpec.from_dict(config))
+
+    def maybe_update_config(self, model_name: str, *_: Any, **__: Any) -> None:
+        """Check the shard headers when the model is a folder; vLLM calls this before it loads anything.
+
+        A name on the Hugging Face hub is not downloaded yet at this point: there, the checks after loading remain.
+        """
+        folder = Path(model_name)
+        if folder.is_dir():
+            self.inventory = read_inventory(folder, self.spec)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        """Take over vLLM's names. Models call it once per nested model, some twice with the same mapper."""
+        fingerprint = repr(hf_to_vllm_mapper)
+        if fingerprint in self._applied_mappers:
+            return
+        self._applied_mappers.append(fingerprint)
+        self.spec = map_spec(self.spec, hf_to_vllm_mapper)
+        if self.inventory is not None:
+            modules = frozenset(map_module_name(name, hf_to_vllm_mapper) for name in self.inventory.modules)
+            self.inventory = Inventory(modules, self.inventory.scales_dtype)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """A method for every linear and for lm_head; None leaves embeddings and attention to vLLM."""
+        if "Experts" in type(layer).__name__ or "FusedMoE" in type(layer).__name__:
+            return self._refuse_experts(prefix)
+        is_linear = isinstance(layer, LinearBase)
+        if not is_linear and not isinstance(layer, ParallelLMHead):
+            return None
+        scheme = self.scheme_of(prefix)
+        if scheme is None:
+            return UnquantizedLinearMethod() if is_linear else None
+        return VLMQLinearMethod(scheme, prefix, self.inventory.scales_dtype if self.inventory else None)
+
+    def scheme_of(self, prefix: str) -> Scheme | None:
+        """Scheme of the vLLM layer `prefix`, the same for all members of a fused layer; None when unquantized."""
+        members = fused_members(prefix)
+        self.spec.check_fused(members)
+        scheme = self.spec.scheme_for(members[0])
+        if scheme is not None and self.inventory is not None:
+            absent = [member for member in members if member not in self.inventory.modules]
+            if absent:
+                raise VLMQError(
+                    f"{absent[0]}: config.json says {scheme}, but the checkpoint holds no quantized weight for it; "
+                    "calibrate again, or add the layer to `ignore` if its plain weight is there"
+                )
+        return scheme
+
+    def _refuse_experts(self, prefix: str) -> None:
+        if self.spec.scheme_for(prefix) is not None:
+            raise VLMQError(
+                f"{prefix}: got mixture-of-experts weights, vlmq quantizes dense linear layers; "
+                "add the experts to `ignore` and calibrate again, or use a dense model"
+            )

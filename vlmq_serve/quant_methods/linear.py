@@ -1,0 +1,97 @@
+"""`VLMQLinearMethod`: parameters, loading and forward pass of one quantized linear layer in vLLM."""
+
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
+from vllm.model_executor.parameter import ChannelQuantScaleParameter, GroupQuantScaleParameter, PackedvLLMParameter
+
+from vlmq_serve import kernels
+from vlmq_serve.format.scheme import SUFFIXES, WORD_BITS, Scheme, tensor_shapes
+from vlmq_serve.format.weight import PackedWeight
+from vlmq_serve.quant_methods.loading import UNLOADED_BYTE, UNLOADED_WORD, check_loaded, check_split
+
+
+@register_weight_loader_v2_supported_method
+class VLMQLinearMethod(LinearMethodBase):
+    """Loads checkpoint tensors as they are, repacks them once for the kernel, then multiplies with the result.
+
+    scales_dtype: dtype of the scales in the checkpoint where that is known, else the dtype of the model.
+    """
+
+    def __init__(self, scheme: Scheme, prefix: str, scales_dtype: torch.dtype | None = None) -> None:
+        self.scheme = scheme
+        self.prefix = prefix
+        self.scales_dtype = scales_dtype
+
+    # vLLM passes these by position from some layers and by keyword from others: names and order are its interface.
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra: Any,
+    ) -> None:
+        """Allocate the checkpoint tensors, filled with values that no checkpoint holds (see `loading`)."""
+        check_split(self.prefix, self.scheme, input_size, input_size_per_partition)
+        shapes = tensor_shapes(self.scheme, sum(output_partition_sizes), input_size_per_partition)
+        loader = extra["weight_loader"]
+        qweight = PackedvLLMParameter(
+            data=torch.full(shapes["qweight"], UNLOADED_WORD, dtype=torch.int32),
+            input_dim=1,
+            output_dim=0,
+            packed_dim=1,
+            packed_factor=Fraction(WORD_BITS, self.scheme.bits),
+            weight_loader=loader,
+        )
+        qweight.dummy_weight_value = 0  # what vLLM's `--load-format dummy` writes into integer tensors
+        layer.register_parameter("qweight", qweight)
+        scales = torch.full(shapes["scales"], float("nan"), dtype=self.scales_dtype or params_dtype)
+        layer.register_parameter("scales", self._group_parameter(scales, loader))
+        if "zeros" in shapes:
+            zeros = self._group_parameter(torch.full(shapes["zeros"], UNLOADED_BYTE, dtype=torch.uint8), loader)
+            zeros.dummy_weight_value = self.scheme.mid_code
+            layer.register_parameter("zeros", zeros)
+        layer.vlmq_dtype = params_dtype
+        layer.vlmq_partitions = list(output_partition_sizes)
+
+    def _group_parameter(self, data: torch.Tensor, loader: Any) -> Parameter:
+        """[N, K/G], split along K with the layer; a whole-row group belongs to every part of the row."""
+        if self.scheme.group_size == -1:
+            return ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=loader)
+        return GroupQuantScaleParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Check that everything was loaded, repack for the kernel of the layer's device, drop what was loaded."""
+        if not hasattr(layer, "qweight"):
+            return
+        tensors = {suffix: getattr(layer, suffix).data for suffix in SUFFIXES if hasattr(layer, suffix)}
+        check_loaded(self.prefix, tensors, layer.vlmq_partitions)
+        weight = PackedWeight(tensors["qweight"], tensors["scales"], tensors.get("zeros"), self.scheme)
+        prepared = kernels.prepare(weight, layer.vlmq_dtype, weight.qweight.device)
+        for suffix in tensors:
+            delattr(layer, suffix)
+        for name in ("qdata", "scales", "zeros"):
+            layer.register_parameter(f"vlmq_{name}", Parameter(getattr(prepared, name), requires_grad=False))
+        layer.vlmq_group_size = prepared.group_size
+        layer.vlmq_out_features = prepared.out_features
+        layer.vlmq_path = prepared.path
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., K] times the weight transposed, plus bias: [..., N] in the dtype of x."""
+        y = kernels.gemm(
+            x,
+            layer.vlmq_qdata,
+            layer.vlmq_scales,
+            layer.vlmq_zeros,
+            self.scheme.bits,
+            layer.vlmq_group_size,
+            layer.vlmq_out_features,
+            layer.vlmq_path,
+        )
+        return y if bias is None else y + bias
