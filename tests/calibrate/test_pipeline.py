@@ -1,0 +1,157 @@
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from vlmq_serve.calibrate import layer as layer_module
+from vlmq_serve.calibrate.pipeline import calibrate
+from vlmq_serve.calibrate.recipe import make_recipe
+from vlmq_serve.calibrate.work import partial_folder
+from vlmq_serve.evaluate.loading import load_model
+from vlmq_serve.format.errors import VLMQError
+from vlmq_serve.format.headers import read_tensor_index
+from vlmq_serve.format.shards import read_tensors
+
+
+def recipe(**settings):
+    return make_recipe(**{"bits": 3, "group_size": 32, "samples": 24, "device": "cpu", **settings})
+
+
+def layer_rows(out: Path) -> list[dict[str, str]]:
+    with (out / "vlmq" / "layers.csv").open() as handle:
+        return list(csv.DictReader(handle))
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return read_tensors(folder, list(read_tensor_index(folder)))
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "gptaq", "vlmq"])
+def test_run_writes_checkpoint_and_report(tiny_model, data_file, tmp_path, method):
+    out = tmp_path / "out"
+    report = calibrate(tiny_model, out, data_file, recipe(method=method))
+    assert len(report.layers) == 3
+    rows = layer_rows(out)
+    assert len(rows) == 3 * 8
+    for row in rows:
+        for modality in ("vision", "prompt", "answer", "all"):
+            assert 0 < float(row[f"error_{modality}"]) < 1
+    run = json.loads((out / "vlmq" / "run.json").read_text())
+    assert run["method"] == method
+    assert run["data"]["tokens"]["vision"] == 12 * 16 + 12 * 8
+    assert run["bytes_after"] < run["bytes_before"]
+    actual = sum(info.nbytes for info in read_tensor_index(out).values())
+    assert run["bytes_after"] == actual
+    assert not partial_folder(out).exists()
+    assert load_model(out) is not None
+
+
+def test_gptq_beats_rounding_and_vlmq_weights_tokens(tiny_model, data_file, tmp_path):
+    errors = {}
+    for method in ("rtn", "gptq", "gptaq", "vlmq"):
+        report = calibrate(tiny_model, tmp_path / method, data_file, recipe(method=method))
+        errors[method] = report.layers[-1].errors["all"]
+    assert errors["gptq"] < 0.8 * errors["rtn"]
+    assert errors["gptaq"] < 0.8 * errors["rtn"]
+    assert errors["vlmq"] < 0.8 * errors["rtn"]
+    rows = [row for row in layer_rows(tmp_path / "vlmq") if row["module"].endswith("q_proj")]
+    assert [row["uniform_importance"] for row in rows] == ["True", "False", "False"]
+    assert all(float(row["importance_vision"]) == 1 for row in rows[:1])
+    assert all(abs(float(row["importance_answer"]) - 1) > 0.01 for row in rows[1:])
+
+
+def test_codes_are_those_of_the_solver(tiny_model, data_file, tmp_path):
+    """What is stored dequantizes to what the calibration ran with: its reported weight error is met exactly."""
+    out = tmp_path / "out"
+    report = calibrate(tiny_model, out, data_file, recipe(method="vlmq"))
+    served = load_model(out, torch.float32).state_dict()
+    source = load_model(tiny_model, torch.float32).state_dict()
+    for layer in report.layers:
+        for linear in layer.linears:
+            key = linear.name.replace("model.layers", "model.language_model.layers") + ".weight"
+            error = (served[key] - source[key]).square().sum() / source[key].square().sum()
+            assert math.isclose(float(error), linear.weight_error, rel_tol=1e-4)
+
+
+def test_rtn_without_data_equals_rtn_with_data(tiny_model, data_file, tmp_path):
+    calibrate(tiny_model, tmp_path / "a", None, recipe(method="rtn"))
+    calibrate(tiny_model, tmp_path / "b", data_file, recipe(method="rtn"))
+    first, second = tensors_of(tmp_path / "a"), tensors_of(tmp_path / "b")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_interrupted_run_resumes_to_the_same_checkpoint(tiny_model, data_file, tmp_path, monkeypatch):
+    settings = recipe(method="vlmq", save_saliency=2)
+    calibrate(tiny_model, tmp_path / "whole", data_file, settings)
+    original, calls = layer_module.measure_importance, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(layer_module, "measure_importance", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(tiny_model, out, data_file, settings)
+    assert not out.exists()
+    with pytest.raises(VLMQError, match="interrupted run"):
+        calibrate(tiny_model, out, data_file, settings)
+    with pytest.raises(VLMQError, match=r"recipe.percdamp was 0.01, is now 0.02"):
+        calibrate(tiny_model, out, data_file, recipe(method="vlmq", save_saliency=2, percdamp=0.02), resume=True)
+    report = calibrate(tiny_model, out, data_file, settings, resume=True)
+    assert any("resumed after 2 of 3 layers" in note for note in report.notes)
+    first, second = tensors_of(tmp_path / "whole"), tensors_of(out)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert (out / "vlmq" / "saliency.safetensors").read_bytes() == (
+        tmp_path / "whole" / "vlmq" / "saliency.safetensors"
+    ).read_bytes()
+
+
+def test_mixed_widths_and_ignored_linears(tiny_model, data_file, tmp_path):
+    settings = recipe(overrides={"down_proj": "w4g32s"}, ignore=("visual", "lm_head", "layers.1"))
+    report = calibrate(tiny_model, tmp_path / "out", data_file, settings)
+    schemes = {linear.name: linear.scheme for layer in report.layers for linear in layer.linears}
+    assert schemes["model.layers.0.mlp.down_proj"] == "w4g32s"
+    assert schemes["model.layers.2.self_attn.q_proj"] == "w3g32"
+    assert not any("layers.1." in name for name in schemes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"group_size": 128}, "does not divide"),
+        ({"overrides": {"q_proj": "w2g32"}}, "fuses"),
+        ({"overrides": {"dwn_proj": "w2g32"}}, "fits no decoder linear"),
+        ({"ignore": ("visual", "layer.0")}, "fits no module"),
+        ({"ignore": ("visual", "layers")}, "no decoder linear to quantize"),
+        ({"max_tokens": 5}, "all 24 samples are longer"),
+    ],
+)
+def test_bad_recipe_leaves_nothing(tiny_model, data_file, tmp_path, settings, message):
+    with pytest.raises(VLMQError, match=message):
+        calibrate(tiny_model, tmp_path / "out", data_file, recipe(**settings))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_output_is_kept_unless_overwritten(tiny_model, data_file, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("x")
+    with pytest.raises(VLMQError, match="exists already"):
+        calibrate(tiny_model, out, None, recipe(method="rtn"))
+    assert (out / "mine.txt").exists()
+    calibrate(tiny_model, out, None, recipe(method="rtn"), overwrite=True)
+    assert not (out / "mine.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_method_that_needs_data_says_so(tiny_model, tmp_path):
+    with pytest.raises(VLMQError, match="needs a data file"):
+        calibrate(tiny_model, tmp_path / "out", None, recipe(method="vlmq"))

@@ -1,0 +1,81 @@
+"""Find, load and hash the model to calibrate."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlmq_serve.calibrate.recipe import Recipe
+from vlmq_serve.format.errors import VLMQError
+from vlmq_serve.format.headers import shard_files
+
+
+def resolve_model(model: str | Path) -> Path:
+    """A local model folder as it is; a hub id is downloaded (weights in safetensors only)."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    looks_local = isinstance(model, Path) or str(model).startswith((".", "/", "~")) or str(model).count("/") != 1
+    if looks_local:
+        raise VLMQError(f"model: got {str(model)!r}, which is no folder; give a model folder or a hub id ORG/NAME")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(model), ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.onnx", "*.h5"]))
+    except Exception as error:  # the hub client raises many kinds, all of them mean the same to the user
+        detail = " ".join(str(error).split())[:200]
+        raise VLMQError(f"model: {model!r} is no local folder and cannot be downloaded ({detail})") from None
+
+
+def choose_device(recipe: Recipe) -> torch.device:
+    """The recipe's device, `auto` resolved."""
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise VLMQError("device: got 'cuda', but torch sees no CUDA device; use device cpu, or install the CUDA build")
+    use_cuda = recipe.device == "cuda" or (recipe.device == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if use_cuda else "cpu")
+
+
+def choose_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """The dtype of activations and weights during calibration, `auto` resolved; statistics are always fp32."""
+    if recipe.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if recipe.dtype == "bfloat16" else torch.float32
+
+
+def load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The transformers model on the CPU, in evaluation mode, without parameter gradients."""
+    from transformers import AutoModelForImageTextToText
+
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise VLMQError(f"{folder}: transformers cannot load the model ({_one_line(error)})") from None
+    return model.eval().requires_grad_(False)
+
+
+def load_processor(folder: Path) -> Any:
+    """The model's own processor, with its chat template."""
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise VLMQError(f"{folder}: transformers cannot load the processor ({_one_line(error)})") from None
+    if getattr(processor, "chat_template", None) is None:
+        raise VLMQError(f"{folder}: the processor has no chat template; copy chat_template.jinja of its source")
+    return processor
+
+
+def hash_weights(folder: Path) -> str:
+    """SHA-256 over the model's shards, in order."""
+    total = hashlib.sha256()
+    for path in shard_files(folder):
+        with path.open("rb") as handle:
+            total.update(hashlib.file_digest(handle, "sha256").digest())
+    return total.hexdigest()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:240]

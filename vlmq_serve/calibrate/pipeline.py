@@ -1,0 +1,124 @@
+"""The entry point: a model folder, a data file and a recipe in, a quantized checkpoint with its report out."""
+
+from pathlib import Path
+from time import perf_counter
+
+from torch import nn
+
+from vlmq_serve.calibrate.data import CalibrationData, SampleFeed, load_data
+from vlmq_serve.calibrate.finish import finish_run
+from vlmq_serve.calibrate.layer import quantize_layer, restore_layer
+from vlmq_serve.calibrate.loading import choose_device, choose_dtype, hash_weights, load_model, load_processor
+from vlmq_serve.calibrate.plan import make_plan
+from vlmq_serve.calibrate.progress import Progress, SilentProgress
+from vlmq_serve.calibrate.recipe import Recipe
+from vlmq_serve.calibrate.report import LayerResult, RunReport
+from vlmq_serve.calibrate.rounding import round_layers
+from vlmq_serve.calibrate.run import Run
+from vlmq_serve.calibrate.streams import Streams, capture_streams
+from vlmq_serve.calibrate.work import WorkFolder
+from vlmq_serve.format.errors import VLMQError
+
+
+def calibrate(
+    model: str | Path,
+    out: Path,
+    data: Path | None,
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> RunReport:
+    """Quantize `model` (folder or hub id) by `recipe` and write the checkpoint to `out`, the report to `out/vlmq`.
+
+    `data` is a JSON-lines file of chats with images; only method rtn does without (and then reports weight errors
+    only). Finished layers are kept in `out.partial`; `resume` goes on from there, if model, data and recipe are the
+    same. `out` must not exist unless `overwrite`. Bad input is a `VLMQError` and leaves nothing behind.
+    """
+    started = perf_counter()
+    shown = progress or SilentProgress()
+    plan = make_plan(model, recipe)
+    if out.exists() and not overwrite:
+        raise VLMQError(f"{out}: exists already; choose another output folder, or overwrite it")
+    if data is None and recipe.needs_data:
+        raise VLMQError(f"data: method {recipe.method!r} needs a data file of chats with images; only rtn does without")
+    chats = load_data(data, recipe) if data is not None else None
+    shown.stage("hash model", 1)
+    hashes = {"source_weights": hash_weights(plan.source)} | ({"data": chats.digest} if chats else {})
+    shown.advance()
+    work = WorkFolder(out, plan, {"recipe": recipe.model_dump(mode="json"), "hashes": hashes})
+    work.check(resume, overwrite)
+    run = Run(plan, out, work, shown, resume and work.path.exists(), overwrite, hashes)
+    layers = round_layers(run.plan, run.work, run.resume, shown) if chats is None else _calibrate(run, chats)
+    return finish_run(run, layers, started)
+
+
+def _calibrate(run: Run, data: CalibrationData) -> list[LayerResult]:
+    recipe, adapter = run.plan.recipe, run.plan.adapter
+    device = choose_device(recipe)
+    dtype = choose_dtype(recipe, device)
+    run.details |= {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+    run.progress.stage("load model", 1)
+    started = perf_counter()
+    model = load_model(run.plan.source, dtype)
+    adapter.check_config(model.config)
+    feed = SampleFeed(
+        load_processor(run.plan.source),
+        data,
+        adapter.image_token_id(model.config),
+        recipe.max_tokens,
+        recipe.save_saliency if recipe.method == "vlmq" else 0,
+    )
+    run.progress.advance()
+    run.seconds["load"] = perf_counter() - started
+    run.progress.stage("read images and questions", len(data.chats))
+    started = perf_counter()
+    streams = capture_streams(model, adapter, feed, device, recipe.batch_tokens, run.progress)
+    run.seconds["capture"] = perf_counter() - started
+    _describe_data(run, data, feed, streams)
+    return _run_layers(run, adapter.decoder_layers(model), streams)
+
+
+def _describe_data(run: Run, data: CalibrationData, feed: SampleFeed, streams: Streams) -> None:
+    wanted = run.plan.recipe.samples
+    if not streams.batches:
+        raise VLMQError(f"max_tokens: got {feed.max_tokens}, all {feed.dropped} samples are longer; raise it")
+    if len(data.chats) < wanted:
+        run.note(f"the data file holds {data.available} chats, {wanted} samples were asked for: all are used")
+    if feed.dropped:
+        run.note(f"{feed.dropped} of {len(data.chats)} samples have more than {feed.max_tokens} tokens: dropped")
+    run.details["data"] = {
+        "file": str(data.file),
+        "chats": data.available,
+        "samples": len(data.chats) - feed.dropped,
+        "dropped": feed.dropped,
+        "tokens": streams.count_tokens(),
+    }
+    run.details["saliency"] = {
+        "samples": feed.kept_lines(),
+        "taps": list(run.plan.adapter.importance_taps),
+        "grids": feed.grids,
+        "modality": feed.modality,
+    }
+
+
+def _run_layers(run: Run, layers: nn.ModuleList, streams: Streams) -> list[LayerResult]:
+    run.work.prepare(run.resume)
+    results = run.work.finished()
+    if results:
+        run.note(f"resumed after {len(results)} of {run.plan.layers} layers")
+    run.progress.stage("quantize layers", run.plan.layers)
+    started = perf_counter()
+    for index, linears in enumerate(run.plan.by_layer):
+        if index < len(results):
+            restore_layer(layers[index], linears, run.work.packed(), streams)
+        else:
+            done = quantize_layer(layers[index], linears, run.plan.adapter, run.plan.recipe, streams)
+            run.work.store(done.result, done.packed, done.saliency)
+            results.append(done.result)
+        layers[index] = nn.Identity()  # frees the layer: nothing reads it any more
+        error = results[index].errors.get("all")
+        run.progress.advance("" if error is None else f"layer {index}: relative error {error:.2e}")
+    run.seconds["layers"] = perf_counter() - started
+    return results

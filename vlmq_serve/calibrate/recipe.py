@@ -1,0 +1,142 @@
+"""What the user decides about a calibration: a pydantic model that YAML files and command lines fill."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from vlmq_serve.format.errors import VLMQError
+from vlmq_serve.format.scheme import Scheme
+
+Method = Literal["rtn", "gptq", "gptaq", "vlmq"]
+
+
+class SchemeOverride(BaseModel):
+    """Scheme of one module and those below it; what is not given is taken from the recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+
+
+class Recipe(BaseModel):
+    """Settings of one calibration. Names and defaults are the keys of a recipe file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: Method = Field("vlmq", description="rtn needs no data; gptq, gptaq and vlmq do")
+    bits: int = Field(4, description="2, 3, 4 or 8")
+    group_size: int = Field(128, description="weights that share a scale: 32, 64, 128, or -1 for a whole row")
+    symmetric: bool = Field(False, description="fixed zero point 2^(bits-1) instead of one per group")
+    overrides: dict[str, SchemeOverride] = Field(
+        default_factory=dict, description="other schemes by module name; leading parents may be left out: down_proj"
+    )
+    ignore: tuple[str, ...] = Field(
+        ("visual", "lm_head"), description="modules left as they are: the vision tower (merger included) and lm_head"
+    )
+    samples: int = Field(512, ge=1, description="chats drawn from the data file; all of it if it holds fewer")
+    seed: int = Field(0, description="of the draw")
+    max_tokens: int | None = Field(
+        None, ge=1, description="drop longer samples (never cut: vision tokens belong together)"
+    )
+    allow_text_only: bool = Field(False, description="accept chats without an image")
+    grid: Literal["minmax", "mse"] = Field("minmax", description="range of each group's grid: full, or of least error")
+    percdamp: float = Field(0.01, gt=0, le=1, description="damping relative to the Hessian's mean diagonal")
+    act_order: bool = Field(True, description="columns by falling diagonal; grids are then fixed beforehand (static)")
+    alpha: float = Field(0.25, ge=0, le=1, description="strength of the asymmetric residual term (GPTAQ)")
+    base: Literal["auto", "gptq", "gptaq"] = Field(
+        "auto", description="solver under vlmq; auto: gptaq, but gptq at 2 bits, as the paper"
+    )
+    exponent: Literal[1, 2] = Field(1, description="token weight = importance^exponent; 1: H = X G X^T (VLMQ v1)")
+    batch_tokens: int = Field(4096, ge=1, description="tokens of equally long samples that go through a layer at once")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: float32 on a CPU, bfloat16 on CUDA"
+    )
+    save_saliency: int = Field(0, ge=0, description="keep the token weights of the first N samples for pictures")
+
+    @field_validator("overrides", mode="before")
+    @classmethod
+    def _read_scheme_strings(cls, value: Any) -> Any:
+        """Accept `down_proj: w4g64` beside the long form."""
+        if not isinstance(value, dict):
+            return value
+        return {name: _override_from(entry) for name, entry in value.items()}
+
+    @property
+    def scheme(self) -> Scheme:
+        """The default scheme."""
+        return Scheme(self.bits, self.group_size, self.symmetric)
+
+    @property
+    def override_schemes(self) -> dict[str, Scheme]:
+        """Complete schemes of the overrides."""
+        return {
+            name: Scheme(
+                self.bits if entry.bits is None else entry.bits,
+                self.group_size if entry.group_size is None else entry.group_size,
+                self.symmetric if entry.symmetric is None else entry.symmetric,
+            )
+            for name, entry in self.overrides.items()
+        }
+
+    @property
+    def needs_data(self) -> bool:
+        return self.method != "rtn"
+
+    def uses_residual(self, bits: int) -> bool:
+        """Whether a linear of this width is solved with the asymmetric residual term."""
+        if self.method == "vlmq":
+            return self.base == "gptaq" or (self.base == "auto" and bits > 2)
+        return self.method == "gptaq"
+
+
+def make_recipe(**settings: Any) -> Recipe:
+    """Build a `Recipe`, schemes checked; every fault is one `VLMQError`."""
+    try:
+        recipe = Recipe(**settings)
+    except ValidationError as error:
+        raise VLMQError(f"recipe: {_first_fault(error)}") from None
+    return _checked(recipe)
+
+
+def load_recipe(path: Path, **settings: Any) -> Recipe:
+    """Read a YAML recipe; `settings` (from the command line) win over the file."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise VLMQError(f"recipe {path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise VLMQError(f"recipe {path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise VLMQError(f"recipe {path}: got a {type(raw).__name__}, expected `key: value` lines")
+    try:
+        return make_recipe(**{**{str(key): value for key, value in raw.items()}, **settings})
+    except VLMQError as error:
+        raise VLMQError(f"{path}: {error}") from None
+
+
+def _checked(recipe: Recipe) -> Recipe:
+    _ = recipe.scheme, recipe.override_schemes
+    return recipe
+
+
+def _override_from(entry: Any) -> Any:
+    if not isinstance(entry, str):
+        return entry
+    scheme = Scheme.parse(entry)
+    return {"bits": scheme.bits, "group_size": scheme.group_size, "symmetric": scheme.symmetric}
+
+
+def _first_fault(error: ValidationError) -> str:
+    fault = error.errors()[0]
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        allowed = ", ".join(sorted(Recipe.model_fields))
+        return f"unknown key {where!r}; allowed: {allowed}"
+    return f"{where}: got {fault.get('input')!r}; {fault['msg']}"

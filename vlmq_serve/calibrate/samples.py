@@ -1,0 +1,114 @@
+"""Chats to model inputs, with the modality of every token."""
+
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmq_serve.calibrate.chats import Chat
+from vlmq_serve.format.errors import VLMQError
+
+MODALITIES = ("vision", "prompt", "answer")
+VISION, PROMPT, ANSWER = range(3)
+
+
+@dataclass(frozen=True)
+class CalibrationSample:
+    """inputs: what the processor gives for one chat; modality: uint8 [T], an index into `MODALITIES` per token."""
+
+    index: int
+    where: str
+    inputs: Mapping[str, Tensor]
+    modality: Tensor
+
+    def __post_init__(self) -> None:
+        if self.modality.shape != self.inputs["input_ids"].shape[1:]:
+            raise VLMQError(f"{self.where}: {self.modality.shape[0]} modalities for {self.length} tokens")
+
+    @property
+    def length(self) -> int:
+        return int(self.inputs["input_ids"].shape[1])
+
+
+def choose_chats(chats: list[Chat], count: int, seed: int, allow_text_only: bool) -> list[Chat]:
+    """Draw `count` chats (all, if there are fewer) with `seed`, in file order."""
+    chosen = chats
+    if len(chats) > count:
+        picked = sorted(random.Random(seed).sample(range(len(chats)), count))
+        chosen = [chats[i] for i in picked]
+    blind = [chat for chat in chosen if not chat.image_sources]
+    if blind and not allow_text_only:
+        raise VLMQError(
+            f"{blind[0].where}: has no image ({len(blind)} of {len(chosen)} chats); calibration is image-conditioned, "
+            "remove these chats or set allow_text_only"
+        )
+    return chosen
+
+
+def build_samples(processor: Any, chats: Iterable[Chat], image_token_id: int) -> Iterator[CalibrationSample]:
+    """One sample per chat, in order, made when asked for (pixels of large images add up)."""
+    for index, chat in enumerate(chats):
+        yield build_sample(processor, chat, image_token_id, index)
+
+
+def build_sample(processor: Any, chat: Chat, image_token_id: int, index: int = 0) -> CalibrationSample:
+    """Run the model's own chat template and processor over one chat."""
+    text = _render(processor, chat, len(chat.messages), False)
+    images = chat.images() or None
+    inputs = dict(processor(text=[text], images=images, return_tensors="pt"))
+    encoded = processor.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+    spans = _answer_spans(processor, chat, text)
+    plain = [
+        ANSWER if any(first <= start < last for first, last in spans) else PROMPT
+        for start, _ in encoded["offset_mapping"]
+    ]
+    ids = inputs["input_ids"][0].tolist()
+    modality = _expand(encoded["input_ids"], plain, ids, image_token_id, chat.where)
+    return CalibrationSample(index, chat.where, inputs, torch.tensor(modality, dtype=torch.uint8))
+
+
+def _answer_spans(processor: Any, chat: Chat, text: str) -> list[tuple[int, int]]:
+    """Character ranges of the assistant's turns in the rendered chat."""
+    spans = []
+    for i, message in enumerate(chat.messages):
+        if message["role"] != "assistant":
+            continue
+        before = _render(processor, chat, i, True)
+        after = _render(processor, chat, i + 1, False)
+        if not text.startswith(before) or not text.startswith(after):
+            raise VLMQError(
+                f"{chat.where}: the model's chat template rewrites earlier turns, so answers cannot be located; "
+                "use chats with one question and one answer"
+            )
+        spans.append((len(before), len(after)))
+    return spans
+
+
+def _render(processor: Any, chat: Chat, turns: int, generation_prompt: bool) -> str:
+    messages = [dict(message) for message in chat.messages[:turns]]
+    return str(processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt))
+
+
+def _expand(plain_ids: list[int], plain: list[int], ids: list[int], image_token: int, where: str) -> list[int]:
+    """Modalities after the processor turned each image placeholder into one token per patch group."""
+    modality: list[int] = []
+    for token, kind in zip(plain_ids, plain, strict=True):
+        if token == image_token:
+            run = len(modality)
+            while run < len(ids) and ids[run] == image_token:
+                run += 1
+            modality += [VISION] * (run - len(modality))
+        elif len(modality) < len(ids) and ids[len(modality)] == token:
+            modality.append(kind)
+        else:
+            raise VLMQError(
+                f"{where}: the processor's tokens do not follow the chat template's text at {len(modality)}"
+            )
+    if len(modality) != len(ids):
+        raise VLMQError(
+            f"{where}: the processor gave {len(ids)} tokens, the chat template accounts for {len(modality)}"
+        )
+    return modality

@@ -1,0 +1,1 @@
+"""Solvers: one linear's weight and input statistics in, integer codes with scales and zeros out."""

@@ -1,0 +1,39 @@
+"""What every solver takes and gives back."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlmq_serve.calibrate.solvers.grid import Grid, GridSearch
+from vlmq_serve.format.scheme import Scheme
+from vlmq_serve.format.weight import PackedWeight
+
+
+@dataclass(frozen=True)
+class SolverOptions:
+    """Settings shared by the solvers; each field is described in `recipe.Recipe`."""
+
+    scale_dtype: torch.dtype
+    grid: GridSearch = "minmax"
+    percdamp: float = 0.01
+    act_order: bool = True
+    alpha: float = 0.25
+    block_size: int = 128
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Integer codes [N, K] with their grid ([N, K/G]) and the damping that the factorisation needed (0: none)."""
+
+    codes: Tensor
+    grid: Grid
+    scheme: Scheme
+    damping: float = 0.0
+
+    def pack(self) -> PackedWeight:
+        """The checkpoint form, on the CPU."""
+        zeros = None if self.scheme.symmetric else self.grid.zeros.to("cpu", torch.uint8)
+        return PackedWeight.from_codes(
+            self.codes.to("cpu", torch.uint8), self.grid.scales.to("cpu"), zeros, self.scheme
+        )

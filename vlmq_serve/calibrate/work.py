@@ -1,0 +1,132 @@
+"""The work folder `OUT.partial`: finished layers of a run, so that an interrupted one can go on."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vlmq_serve.calibrate.plan import Plan
+from vlmq_serve.calibrate.report import LayerResult, write_json
+from vlmq_serve.format.errors import VLMQError
+from vlmq_serve.format.headers import read_json
+from vlmq_serve.format.weight import PackedWeight
+
+_STATE = "state.json"
+
+
+def partial_folder(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+class WorkFolder:
+    """Layers stored one by one, each in one step; nothing is created before the first `prepare`."""
+
+    def __init__(self, out: Path, plan: Plan, fingerprint: Mapping[str, Any]) -> None:
+        self.path = partial_folder(out)
+        self._plan = plan
+        # Through JSON, so that it compares equal to what is read back.
+        self._fingerprint: dict[str, Any] = json.loads(json.dumps(fingerprint))
+
+    def check(self, resume: bool, overwrite: bool) -> None:
+        """Refuse to go on with another run's layers, and to delete them unasked."""
+        if not self.path.exists():
+            return
+        if not resume:
+            if overwrite:
+                return
+            raise VLMQError(f"{self.path}: holds an interrupted run; resume it, or remove the folder to start again")
+        changes = _differences(read_json(self.path / _STATE), self._fingerprint)
+        if changes:
+            raise VLMQError(f"resume: {'; '.join(changes)}; give the same settings, or remove {self.path}")
+
+    def prepare(self, resume: bool) -> None:
+        """Create the folder, or empty it where the run does not go on from it."""
+        if not resume:
+            shutil.rmtree(self.path, ignore_errors=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / _STATE, self._fingerprint)
+
+    def finished(self) -> list[LayerResult]:
+        """Results of the layers done, from the first layer without a gap."""
+        results: list[LayerResult] = []
+        while self._record(len(results)).exists():
+            results.append(LayerResult.from_dict(read_json(self._record(len(results)))))
+        return results
+
+    def store(self, result: LayerResult, packed: Mapping[str, PackedWeight], saliency: Mapping[int, Tensor]) -> None:
+        """Keep a layer; its record is written last, so that a record means a whole layer."""
+        tensors: dict[str, Tensor] = {}
+        for name, weight in packed.items():
+            tensors.update(weight.tensors(name))
+        _save(tensors, self._weights(result.index))
+        _save({str(index): weights.contiguous() for index, weights in saliency.items()}, self._saliency(result.index))
+        write_json(self._record(result.index), result.to_dict())
+
+    def saliency(self) -> list[dict[int, Tensor]]:
+        """Token weights kept per layer: sample index to fp32 [taps, T]."""
+        loaded = (load_file(self._saliency(i)) for i in range(self._plan.layers))
+        return [{int(index): weights for index, weights in layer.items()} for layer in loaded]
+
+    def packed(self) -> "PackedLayers":
+        return PackedLayers(self._plan, self._weights)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _record(self, index: int) -> Path:
+        return self.path / f"layer-{index:03d}.json"
+
+    def _weights(self, index: int) -> Path:
+        return self.path / f"layer-{index:03d}.safetensors"
+
+    def _saliency(self, index: int) -> Path:
+        return self.path / f"layer-{index:03d}.saliency.safetensors"
+
+
+class PackedLayers(Mapping[str, PackedWeight]):
+    """Packed weights of all quantized linears by name, read from the work folder when asked for."""
+
+    def __init__(self, plan: Plan, path_of: Callable[[int], Path]) -> None:
+        self._linears = {linear.name: linear for linear in plan.quantized}
+        self._path_of = path_of
+
+    def __len__(self) -> int:
+        return len(self._linears)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._linears)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._linears
+
+    def __getitem__(self, name: str) -> PackedWeight:
+        linear = self._linears[name]
+        scheme = linear.scheme
+        if scheme is None:
+            raise KeyError(name)
+        with safe_open(self._path_of(linear.layer), framework="pt") as file:
+            zeros = None if scheme.symmetric else file.get_tensor(f"{name}.zeros")
+            return PackedWeight(file.get_tensor(f"{name}.qweight"), file.get_tensor(f"{name}.scales"), zeros, scheme)
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    staging = path.with_name(path.name + ".writing")
+    save_file(tensors, staging)
+    os.replace(staging, path)
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:
+    changes = []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            changes += _differences(before, after, f"{where}{key}.")
+        elif before != after:
+            changes.append(f"{where}{key} was {before!r}, is now {after!r}")
+    return changes
