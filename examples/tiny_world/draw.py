@@ -87,7 +87,7 @@ def token_labels(scene: Scene) -> np.ndarray:
 
 
 def _covered(start: int, stop: int) -> slice:
-    """Tokens of which a span of pixels covers at least 5 of 14 (a span always keeps one token)."""
+    """Tokens that a span of pixels enters within their first 5 pixels and covers for at least 5; never none."""
     first, last = (start + 9) // TOKEN, (stop + 9) // TOKEN
     return slice(max(first, 0), max(last, first + 1))
 
@@ -145,6 +145,5 @@ def _draw_shape(pen: ImageDraw.ImageDraw, shape: Shape) -> None:
 
 _TRIANGLE = ((0.5, 0.0), (1.0, 1.0), (0.0, 1.0))
 _STAR = tuple(
-    (0.5 + r * math.sin(i * math.pi / 5), 0.53 - r * math.cos(i * math.pi / 5))
-    for i, r in enumerate((0.53, 0.21) * 5)
+    (0.5 + r * math.sin(i * math.pi / 5), 0.53 - r * math.cos(i * math.pi / 5)) for i, r in enumerate((0.53, 0.21) * 5)
 )

@@ -13,51 +13,24 @@ from functools import cache
 GRID = 4
 COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-WORDS = tuple(
-    [
-        "bear",
-        "bird",
-        "boat",
-        "book",
-        "cake",
-        "coat",
-        "corn",
-        "crab",
-        "deer",
-        "duck",
-        "fish",
-        "frog",
-        "goat",
-        "hand",
-        "king",
-        "lamp",
-        "leaf",
-        "lion",
-        "milk",
-        "moon",
-        "nest",
-        "rain",
-        "road",
-        "rose",
-        "ship",
-        "snow",
-        "soup",
-        "tree",
-        "wolf",
-        "wood",
-        "zero",
-        "cave",
-    ]
+# fmt: off
+WORDS = (
+    "bear", "bird", "boat", "book", "cake", "coat", "corn", "crab", "deer", "duck", "fish",
+    "frog", "goat", "hand", "king", "lamp", "leaf", "lion", "milk", "moon", "nest", "rain",
+    "road", "rose", "ship", "snow", "soup", "tree", "wolf", "wood", "zero", "cave",
 )
+# fmt: on
 MAX_BAR = 5
 MAX_COUNT = 4
 
-# Scene numbers by purpose. All randomness of a scene comes from its number, and the ranges are disjoint.
+# Scene numbers by purpose, disjoint. All have two 32-bit words: `random.Random` keeps those apart, while a number
+# of one word can give the very same stream as one of two (2 and 2**32 + 2 do).
+HELD_OUT = 1 << 62
 SPLITS = {
-    "evaluation": range(0, 1_000_000),
-    "calibration": range(1_000_000, 2_000_000),
-    "validation": range(2_000_000, 3_000_000),
-    "training": range(1 << 32, 1 << 62),
+    "training": range(1 << 32, HELD_OUT),
+    "evaluation": range(HELD_OUT, HELD_OUT + 1_000_000),
+    "calibration": range(HELD_OUT + 1_000_000, HELD_OUT + 2_000_000),
+    "validation": range(HELD_OUT + 2_000_000, HELD_OUT + 3_000_000),
 }
 Cell = tuple[int, int]
 

@@ -30,9 +30,7 @@ def label_loss(head: nn.Linear, vision: Tensor, labels: Tensor) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def answer_loss(
-    model: Qwen2VLForConditionalGeneration, vision: Tensor, prefix: Tensor, batch: Batch
-) -> Tensor:
+def answer_loss(model: Qwen2VLForConditionalGeneration, vision: Tensor, prefix: Tensor, batch: Batch) -> Tensor:
     """Cross-entropy over the answer tokens and the <|im_end|> behind them."""
     logits = packed_logits(model, vision, prefix, batch.slots, batch.places)
     losses = F.cross_entropy(logits.flatten(0, 2), batch.targets.flatten(), reduction="none")
@@ -121,9 +119,7 @@ class Trainer:
         if state["step"] <= min(saved.decay_start, self.recipe.decay_start):
             saved = replace(saved, joint_steps=self.recipe.joint_steps)
         if saved != self.recipe:
-            raise ValueError(
-                f"{path} was trained with {saved}, not {self.recipe}; use its recipe or a new folder"
-            )
+            raise ValueError(f"{path} was trained with {saved}, not {self.recipe}; use its recipe or a new folder")
         self.step = state["step"]
         self.model.load_state_dict(state["model"])
         self.head.load_state_dict(state["head"])
