@@ -75,7 +75,8 @@ class VLMQConfig(QuantizationConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """A method for every linear and for lm_head; None leaves embeddings and attention to vLLM."""
         if "Experts" in type(layer).__name__ or "FusedMoE" in type(layer).__name__:
-            return self._refuse_experts(prefix)
+            self._refuse_experts(prefix)
+            return None
         is_linear = isinstance(layer, LinearBase)
         if not is_linear and not isinstance(layer, ParallelLMHead):
             return None

@@ -25,6 +25,10 @@ class VLMQLinearMethod(LinearMethodBase):
         self.scheme = scheme
         self.prefix = prefix
         self.scales_dtype = scales_dtype
+        self.params_dtype = torch.get_default_dtype()
+        self.partitions: list[int] = []
+        self.in_features = 0
+        self.path = ""
 
     # vLLM passes these by position from some layers and by keyword from others: names and order are its interface.
     def create_weights(
@@ -49,16 +53,17 @@ class VLMQLinearMethod(LinearMethodBase):
             packed_factor=Fraction(WORD_BITS, self.scheme.bits),
             weight_loader=loader,
         )
-        qweight.dummy_weight_value = 0  # what vLLM's `--load-format dummy` writes into integer tensors
+        _set_dummy_value(qweight, 0)
         layer.register_parameter("qweight", qweight)
         scales = torch.full(shapes["scales"], float("nan"), dtype=self.scales_dtype or params_dtype)
         layer.register_parameter("scales", self._group_parameter(scales, loader))
         if "zeros" in shapes:
             zeros = self._group_parameter(torch.full(shapes["zeros"], UNLOADED_BYTE, dtype=torch.uint8), loader)
-            zeros.dummy_weight_value = self.scheme.mid_code
+            _set_dummy_value(zeros, self.scheme.mid_code)
             layer.register_parameter("zeros", zeros)
-        layer.vlmq_dtype = params_dtype
-        layer.vlmq_partitions = list(output_partition_sizes)
+        self.params_dtype = params_dtype
+        self.partitions = list(output_partition_sizes)
+        self.in_features = input_size_per_partition
 
     def _group_parameter(self, data: torch.Tensor, loader: Any) -> Parameter:
         """[N, K/G], split along K with the layer; a whole-row group belongs to every part of the row."""
@@ -71,18 +76,16 @@ class VLMQLinearMethod(LinearMethodBase):
         if not hasattr(layer, "qweight"):
             return
         tensors = {suffix: getattr(layer, suffix).data for suffix in SUFFIXES if hasattr(layer, suffix)}
-        check_loaded(self.prefix, tensors, layer.vlmq_partitions)
+        check_loaded(self.prefix, tensors, self.partitions)
         weight = PackedWeight(tensors["qweight"], tensors["scales"], tensors.get("zeros"), self.scheme)
-        prepared = kernels.prepare(weight, layer.vlmq_dtype, weight.qweight.device)
+        prepared = kernels.prepare(weight, self.params_dtype, weight.qweight.device)
         for suffix in tensors:
             delattr(layer, suffix)
         for name in ("qdata", "scales", "zeros"):
             layer.register_parameter(f"vlmq_{name}", Parameter(getattr(prepared, name), requires_grad=False))
-        layer.vlmq_group_size = prepared.group_size
-        layer.vlmq_out_features = prepared.out_features
-        layer.vlmq_path = prepared.path
+        self.path = prepared.path
 
-    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., K] times the weight transposed, plus bias: [..., N] in the dtype of x."""
         y = kernels.gemm(
             x,
@@ -90,8 +93,13 @@ class VLMQLinearMethod(LinearMethodBase):
             layer.vlmq_scales,
             layer.vlmq_zeros,
             self.scheme.bits,
-            layer.vlmq_group_size,
-            layer.vlmq_out_features,
-            layer.vlmq_path,
+            self.scheme.group_length(self.in_features),
+            sum(self.partitions),
+            self.path,
         )
         return y if bias is None else y + bias
+
+
+def _set_dummy_value(parameter: Any, value: int) -> None:
+    """Tell vLLM what `--load-format dummy` writes into an integer tensor, which it would leave as allocated."""
+    parameter.dummy_weight_value = value
