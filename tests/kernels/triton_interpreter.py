@@ -1,0 +1,140 @@
+"""Runs Triton cases on the CPU in a process of its own: JSON cases on stdin, one JSON result per case on stdout.
+
+Triton's interpreter has three gaps that these kernels meet: it refuses inline assembly, it multiplies the bit
+patterns of bf16 operands in `tl.dot`, and it truncates where `.to(bfloat16)` rounds to nearest on a GPU. They are
+filled here, in the process that only runs tests; the kernels are the ones that the GPU gets. What an interpreter
+cannot show: races, layouts, asynchronous copies.
+"""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import json
+import re
+import sys
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+from vlmq_serve.format.scheme import Scheme
+from vlmq_serve.format.weight import PackedWeight
+from vlmq_serve.kernels import linear, prepare, tiles
+
+AND_OR = "0xEA"
+"""Truth table of (a & b) | c, the only one the kernels use."""
+
+
+def bf16_to_float(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def float_to_bf16(values: np.ndarray) -> np.ndarray:
+    """Nearest even; finite values only."""
+    bits = values.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def packed_fma(a: np.ndarray, b: np.ndarray, c: np.ndarray, bf16: bool) -> np.ndarray:
+    """fma.rn on both 16-bit halves: exact in fp64, rounded once."""
+    x, y, z = (bf16_to_float(v.view(np.uint16)) if bf16 else v.view(np.float16) for v in (a, b, c))
+    exact = x.astype(np.float64) * y.astype(np.float64) + z.astype(np.float64)
+    if not bf16:
+        return exact.astype(np.float16).view(np.uint32)
+    single = exact.astype(np.float32)
+    if not np.array_equal(single.astype(np.float64), exact):
+        raise ArithmeticError("bf16 fma: fp32 does not hold the exact result, so it would be rounded twice")
+    return float_to_bf16(single).view(np.uint32)
+
+
+def run_ptx(text: str, inputs: list[np.ndarray]) -> np.ndarray:
+    """Value of $0 after the statements of an inline assembly block; $1.. are uint32 arrays."""
+    registers = {f"${i + 1}": value for i, value in enumerate(inputs)}
+
+    def value(operand: str) -> np.ndarray:
+        return registers[operand] if operand in registers else np.full_like(inputs[0], int(operand, 0))
+
+    for statement in re.sub(r"[{}]", " ", text).split(";"):
+        name, _, rest = statement.strip().partition(" ")
+        target, *operands = (o.strip() for o in rest.split(","))
+        if not name or name == ".reg":
+            continue
+        if name == "shr.u32":
+            registers[target] = value(operands[0]) >> value(operands[1])
+        elif name == "mov.b32":
+            registers[target] = value(operands[0])
+        elif name == "lop3.b32" and operands[3] == AND_OR:
+            registers[target] = (value(operands[0]) & value(operands[1])) | value(operands[2])
+        elif name in ("fma.rn.f16x2", "fma.rn.bf16x2"):
+            registers[target] = packed_fma(*(value(o) for o in operands), bf16="bf16" in name)
+        else:
+            raise NotImplementedError(f"PTX statement: {statement.strip()}")
+    return registers["$0"]
+
+
+class AssemblyResult:
+    def __init__(self, handle: interpreter.TensorHandle) -> None:
+        self.handle = handle
+
+    def get_result(self, _index: int) -> interpreter.TensorHandle:
+        return self.handle
+
+
+def create_inline_asm(_builder, text, _constraints, values, types, _pure, pack):
+    shape = values[0].data.shape
+    arrays = [np.ascontiguousarray(v.data).reshape(-1) for v in values]
+    if any(a.itemsize * pack != 4 for a in arrays):
+        raise NotImplementedError("inline assembly on registers that are not filled exactly")
+    result = run_ptx(text, [a.view(np.uint32) for a in arrays])
+    element = types[0].element_ty if isinstance(types[0], tl.block_type) else types[0]
+    data = result.view(np.uint16 if element == tl.bfloat16 else np.float16).reshape(shape)
+    return AssemblyResult(interpreter.TensorHandle(data, element))
+
+
+def create_dot(_builder, a, b, d, _precision, _imprecise):
+    left, right = (bf16_to_float(h.data) if h.get_element_ty() == tl.bfloat16 else h.data for h in (a, b))
+    return interpreter.TensorHandle(np.matmul(left, right, dtype=np.float32) + d.data, d.dtype)
+
+
+def create_fp_trunc(builder, source, target):
+    if source.get_element_ty() == tl.float32 and target.scalar == tl.bfloat16:
+        return interpreter.TensorHandle(float_to_bf16(source.data), tl.bfloat16)
+    return builder.cast_impl(source, target)
+
+
+def run_case(case: dict) -> dict:
+    dtype = getattr(torch, case["dtype"])
+    rows, cols, bits = case["n"], case["k"], case["bits"]
+    scheme = Scheme(bits, case["group"], case["symmetric"])
+    generator = torch.Generator().manual_seed(bits + rows + cols)
+    shape = (rows, scheme.num_groups(cols))
+    codes = torch.randint(0, 2**bits, (rows, cols), generator=generator)
+    # Scales over four binades and down to small ones: a subnormal intermediate in fp16 would show.
+    scales = (torch.rand(shape, generator=generator) + 0.5) * 2.0 ** -torch.randint(5, 10, shape, generator=generator)
+    zeros = None if scheme.symmetric else torch.randint(0, 2**bits, shape, generator=generator)
+    weight = PackedWeight.from_codes(codes, scales.to(dtype), zeros, scheme)
+    x = torch.randn(case["m"], cols, generator=generator).to(dtype)
+    tiles.MAX_SPLIT = case["split"]
+    y = linear(x, prepare(weight, dtype, "cpu", "triton"))
+    dense = weight.dequantize()
+    expected = x.double() @ dense.double().T
+    plain = torch.nn.functional.linear(x.float(), dense.to(dtype).float()).to(dtype)
+
+    def error(got: torch.Tensor) -> float:
+        return float((got.double() - expected).norm() / expected.norm()) if expected.numel() else 0.0
+
+    return {"shape": list(y.shape), "dtype": str(y.dtype), "error": error(y), "plain": error(plain)}
+
+
+def main() -> None:
+    interpreter.InterpreterBuilder.create_inline_asm = create_inline_asm
+    interpreter.InterpreterBuilder.create_dot = create_dot
+    interpreter.InterpreterBuilder.create_fp_trunc = create_fp_trunc
+    results = {case["id"]: run_case(case) for case in json.load(sys.stdin)}
+    sys.stdout.write(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

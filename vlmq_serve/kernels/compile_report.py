@@ -1,0 +1,144 @@
+"""What the compiler makes of the Triton kernel for an architecture: registers, spills, shared memory, instructions.
+
+Needs no GPU, driver or CUDA toolkit: Triton compiles for a named target, and its wheel carries ptxas and the
+disassembler. Imported by the tests and the benchmarks only.
+"""
+
+import collections
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vlmq_serve.kernels.planes import PLANES, slab_length
+from vlmq_serve.kernels.tiles import TILES, Tile
+from vlmq_serve.kernels.triton_gemm import constants, gemm_kernel
+
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z][A-Z0-9]*)((?:\.[A-Za-z0-9_]+)*)\s*([^;]*);")
+_CONVERSIONS = frozenset({"I2F", "I2FP", "F2F", "F2I"})
+_MATRIX = frozenset({"HGMMA", "HMMA"})
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compiled kernel: the case it serves, its tile and the architecture."""
+
+    bits: int
+    dtype: str
+    group_size: int
+    zeros: bool
+    tile: Tile
+    arch: int
+
+    @property
+    def name(self) -> str:
+        """Key of the static table."""
+        kind = f"g{self.group_size}{'' if self.zeros else 's'}"
+        return f"sm_{self.arch} w{self.bits}{kind} {self.dtype} m{self.tile.rows_m}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """One row of the static table; instructions and conversions are per weight in the main loop."""
+
+    name: str
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    spill_instructions: int
+    instructions: float
+    conversions: float
+    matrix: str
+    weights_in_registers: bool
+
+
+def variants() -> Iterator[Variant]:
+    """Every case of the table: width, type, tile and architecture at group 128; other groups and symmetry at M 16."""
+    for arch in (80, 90):
+        for bits in (2, 3, 4):
+            for dtype in ("bf16", "fp16"):
+                yield from (Variant(bits, dtype, 128, True, tile, arch) for tile in TILES)
+            for group, zeros in ((32, True), (64, True), (-1, True), (128, False)):
+                yield Variant(bits, "bf16", group, zeros, TILES[0], arch)
+
+
+def compile_variant(variant: Variant) -> Report:
+    """Compile for the architecture and read the result; K and N are those of a large, evenly divisible layer."""
+    bits, tile = variant.bits, variant.tile
+    cols = 4096
+    group = cols if variant.group_size == -1 else variant.group_size
+    slab = slab_length(cols, group, bits)
+    fixed = constants(bits, slab // PLANES[bits], group, cols, variant.zeros, variant.dtype == "bf16", tile)
+    fixed |= {"SPLIT": 1, "EVEN_N": True, "EVEN_K": True}
+    compiled = _compile(fixed, variant)
+    usage, code = _disassemble(compiled.asm["cubin"])
+    loop = _main_loop(code)
+    count = collections.Counter(op for _, op, _, _ in loop)
+    per_weight = tile.warps * 32 / (slab * tile.rows_n)
+    wgmma = [operands for _, op, _, operands in code if op == "HGMMA"]
+    in_registers = bool(wgmma) and all(re.match(r"R\d+, R\d+", operands) for operands in wgmma)
+    return Report(
+        name=variant.name,
+        registers=usage["REG"],
+        stack_bytes=usage["STACK"] + usage["LOCAL"],
+        shared_bytes=compiled.metadata.shared,
+        spill_instructions=sum(op in ("LDL", "STL") for _, op, _, _ in code),
+        instructions=round(len(loop) * per_weight, 2),
+        conversions=round(sum(count[op] for op in _CONVERSIONS) * per_weight, 2),
+        matrix="HGMMA" if wgmma else "HMMA",
+        weights_in_registers=in_registers or not wgmma,
+    )
+
+
+def _compile(fixed: dict[str, Any], variant: Variant) -> Any:
+    kind = f"*{variant.dtype}"
+    types = {"x_ptr": kind, "w_ptr": "*i16", "s_ptr": kind, "z_ptr": kind, "y_ptr": kind}
+    names = gemm_kernel.arg_names
+    signature = {n: "constexpr" if n in fixed else types.get(n, "i32") for n in names}
+    # What the launcher finds out about the arguments of a large layer: pointers and sizes divide by 16.
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in types or n in ("N", "K")}
+    source = ASTSource(fn=gemm_kernel, signature=signature, constexprs=fixed, attrs=aligned)
+    options = {"num_warps": variant.tile.warps, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", variant.arch, 32), options=options)
+
+
+def _disassemble(cubin: bytes) -> tuple[dict[str, int], list[tuple[int, str, str, str]]]:
+    handle, path = tempfile.mkstemp(suffix=".cubin")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(cubin)
+        usage = _tool("-res-usage", path)
+        sass = _tool("-sass", path)
+    finally:
+        os.unlink(path)
+    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    code = [(int(m[1], 16), m[2], m[3], m[4].strip()) for m in _INSTRUCTION.finditer(sass)]
+    return numbers, code
+
+
+def _tool(*arguments: str) -> str:
+    done = subprocess.run([str(_TOOLS / "cuobjdump"), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def _main_loop(code: list[tuple[int, str, str, str]]) -> list[tuple[int, str, str, str]]:
+    """Instructions of the innermost loop with the most matrix instructions."""
+    best: list[tuple[int, str, str, str]] = []
+    for address, op, _, operands in code:
+        target = re.search(r"0x([0-9a-f]+)", operands)
+        if op != "BRA" or target is None or int(target[1], 16) >= address:
+            continue
+        body = [i for i in code if int(target[1], 16) <= i[0] <= address]
+        rank = (sum(i[1] in _MATRIX for i in body), -len(body))
+        if not best or rank > (sum(i[1] in _MATRIX for i in best), -len(best)):
+            best = body
+    return best

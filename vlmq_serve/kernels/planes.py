@@ -1,0 +1,83 @@
+"""Layout of the Triton kernel: int16 words whose bit positions are contiguous ranges of K ("planes").
+
+K is cut into slabs of KB codes, a slab into P planes of KW = KB / P codes. Word j of a row's slab holds one code
+of every plane, code p being K index slab*KB + p*KW + j, so unpacking a bit position of a [N, KW] tile of words
+yields weights for one contiguous range of x and nothing is ever interleaved or transposed. int16 and not int32:
+two neighbours along K then share a register, which is the fragment layout of the matrix instructions.
+
+    W4  1 word,  4 planes: code p in bits [4p, 4p+4)
+    W2  1 word,  8 planes: code p in bits [2p, 2p+2)
+    W3  3 words, 16 planes: word i holds the codes 5i .. 5i+4 in bits [3c, 3c+3); bit 15 of word i is bit i of code 15
+
+Words are stored [slabs, words, N, KW]: a tile of rows is one contiguous run, and a tensor-parallel shard is a
+slice (rows) or a range of slabs (columns). Exactly 2, 3 and 4 bits per weight where a slab divides K.
+"""
+
+import torch
+from torch import Tensor
+
+from vlmq_serve.format.weight import PackedWeight
+
+PLANES = {2: 8, 3: 16, 4: 4}
+WORDS = {2: 1, 3: 3, 4: 1}
+SLABS = {2: (512, 256, 128), 3: (512, 256), 4: (256, 128, 64)}
+"""Codes per slab, best first: as long as registers allow (4 bits) and planes of at least 16, which a matrix
+instruction needs."""
+
+CODES_PER_W3_WORD = 5
+
+
+def slab_length(in_features: int, group_size: int, bits: int) -> int:
+    """Codes per slab: the longest that divides K with planes inside one group, else the shortest (K is padded)."""
+    fits = [s for s in SLABS[bits] if s // PLANES[bits] <= group_size]
+    return next((s for s in fits if in_features % s == 0), fits[-1])
+
+
+def pack_planes(codes: Tensor, bits: int, slab: int) -> Tensor:
+    """Codes [N, K], K a multiple of `slab`, to int16 [K/slab, words, N, slab/planes]."""
+    rows, cols = codes.shape
+    planes = codes.to(torch.int32).reshape(rows, cols // slab, PLANES[bits], -1).permute(1, 2, 0, 3)
+    words = torch.zeros(planes.shape[0], WORDS[bits], *planes.shape[2:], dtype=torch.int32, device=codes.device)
+    for word, plane, shift, source, mask in bit_fields(bits):
+        words[:, word] |= ((planes[:, plane] >> source) & mask) << shift
+    return torch.where(words >= 2**15, words - 2**16, words).to(torch.int16)
+
+
+def unpack_planes(words: Tensor, bits: int) -> Tensor:
+    """Inverse of `pack_planes`: uint8 codes [N, K]."""
+    slabs, _, rows, width = words.shape
+    unsigned = words.to(torch.int32) & 0xFFFF
+    planes = torch.zeros(slabs, PLANES[bits], rows, width, dtype=torch.int32, device=words.device)
+    for word, plane, shift, source, mask in bit_fields(bits):
+        planes[:, plane] |= ((unsigned[:, word] >> shift) & mask) << source
+    return planes.permute(2, 0, 1, 3).reshape(rows, -1).to(torch.uint8)
+
+
+def bit_fields(bits: int) -> list[tuple[int, int, int, int, int]]:
+    """Where codes live: (word, plane, shift in the word, shift in the code, mask), covering all 16 bits of a word."""
+    mask = 2**bits - 1
+    if bits != 3:
+        return [(0, plane, plane * bits, 0, mask) for plane in range(PLANES[bits])]
+    last = PLANES[3] - 1
+    fields = [(p // CODES_PER_W3_WORD, p, p % CODES_PER_W3_WORD * 3, 0, mask) for p in range(last)]
+    return fields + [(word, last, 15, word, 1) for word in range(WORDS[3])]
+
+
+def prepare_planes(weight: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """For the Triton kernel: words [slabs, words, N, KW]; scales and zeros in `dtype`, [groups, N].
+
+    Zeros are whole numbers and exact in both 16-bit types; empty when symmetric. Padding of K has scale 0.
+    """
+    bits = weight.scheme.bits
+    cols = weight.shape[1]
+    group = weight.scheme.group_length(cols)
+    slab = slab_length(cols, group, bits)
+    pad = -cols % slab
+    words = pack_planes(torch.nn.functional.pad(weight.codes(), (0, pad)), bits, slab)
+    # One group for the whole row serves the padding too: x is masked there.
+    extra = 0 if weight.scales.shape[1] == 1 else -(-(cols + pad) // group) - weight.scales.shape[1]
+    scales = torch.nn.functional.pad(weight.scales.to(dtype).t(), (0, 0, 0, extra)).contiguous()
+    if weight.zeros is None:
+        return words, scales, torch.empty(0, dtype=dtype, device=words.device)
+    zeros = torch.nn.functional.pad(weight.zeros.to(dtype).t(), (0, 0, 0, extra)).contiguous()
+    return words, scales, zeros
