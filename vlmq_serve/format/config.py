@@ -55,7 +55,8 @@ class QuantizationSpec:
             **_scheme_dict(self.scheme),
             "overrides": {name: _scheme_dict(scheme) for name, scheme in self.overrides.items()},
             "ignore": list(self.ignore),
-            "producer": self.producer,
+            # An object, because vLLM reads `producer.name` of every quantization_config.
+            "producer": {"name": self.producer},
             "method": self.method,
             "settings": dict(self.settings),
             "hashes": dict(self.hashes),
@@ -84,9 +85,15 @@ class QuantizationSpec:
             ignore=tuple(ignore),
             method=str(raw.get("method", "unknown")),
             settings=dict(raw.get("settings", {})),
-            producer=str(raw.get("producer", "unknown")),
+            producer=_read_producer(raw.get("producer", {})),
             hashes=dict(raw.get("hashes", {})),
         )
+
+
+def _read_producer(raw: Any) -> str:
+    if not isinstance(raw, Mapping):
+        raise VLMQError(f"producer: got {raw!r}, expected an object with a name; vLLM reads producer.name")
+    return str(raw.get("name", "unknown"))
 
 
 def _scheme_dict(scheme: Scheme) -> dict[str, Any]:
