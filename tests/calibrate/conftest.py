@@ -20,11 +20,12 @@ from transformers import (
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
 VIDEO = "<|video_pad|>"
 TEMPLATE = (
-    "{%- for m in messages -%}<|im_start|>{{ m['role'] }}\n"
-    "{%- if m['content'] is string -%}{{ m['content'] }}"
+    "{%- for m in messages -%}{{- '<|im_start|>' + m['role'] + '\\n' -}}"
+    "{%- if m['content'] is string -%}{{- m['content'] -}}"
     "{%- else -%}{%- for p in m['content'] -%}{%- if p['type'] == 'image' -%}"
-    "<|vision_start|><|image_pad|><|vision_end|>{%- else -%}{{ p['text'] }}{%- endif -%}{%- endfor -%}{%- endif -%}"
-    "<|im_end|>\n{%- endfor -%}{%- if add_generation_prompt -%}<|im_start|>assistant\n{%- endif -%}"
+    "{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}{%- else -%}{{- p['text'] -}}{%- endif -%}{%- endfor -%}"
+    "{%- endif -%}{{- '<|im_end|>\\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
 QUESTIONS = ["What colour is it?", "Which colour do you see in the picture?", "Colour?"]
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (20, 40, 230), "grey": (128, 128, 128)}
@@ -58,7 +59,9 @@ def _config(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLConfig:
             "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
             "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": ids("<|im_end|>"),
         },
-        vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2, "patch_size": 14},
+        vision_config={
+            "depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2, "patch_size": 14,
+        },
         image_token_id=ids("<|image_pad|>"), video_token_id=ids(VIDEO),
         vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"),
         tie_word_embeddings=True,

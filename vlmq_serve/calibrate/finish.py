@@ -28,7 +28,6 @@ def finish_run(run: Run, layers: list[LayerResult], started: float) -> RunReport
     if saliency and saliency["samples"]:
         save_saliency(report_folder / SALIENCY_FILE, run.work.saliency(), saliency["grids"], saliency["modality"])
         run.details["saliency"] = {"samples": saliency["samples"], "taps": saliency["taps"]}
-    run.seconds["total"] = perf_counter() - started
     report = RunReport(
         out=run.out,
         method=run.plan.recipe.method,
@@ -38,7 +37,7 @@ def finish_run(run: Run, layers: list[LayerResult], started: float) -> RunReport
         seconds={stage: round(seconds, 2) for stage, seconds in run.seconds.items()},
         peak_memory_mib=peak_memory_mib(),
         notes=tuple(run.notes),
-        details=run.details | _provenance(run, producer),
+        details=run.details | _provenance(run, producer) | {"total_seconds": round(perf_counter() - started, 2)},
     )
     write_report(report_folder, report)
     with _Replacing(run.out, run.overwrite):

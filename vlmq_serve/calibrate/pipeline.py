@@ -45,11 +45,13 @@ def calibrate(
         raise VLMQError(f"data: method {recipe.method!r} needs a data file of chats with images; only rtn does without")
     chats = load_data(data, recipe) if data is not None else None
     shown.stage("hash model", 1)
+    before = perf_counter()
     hashes = {"source_weights": hash_weights(plan.source)} | ({"data": chats.digest} if chats else {})
+    seconds = {"hash": perf_counter() - before}
     shown.advance()
     work = WorkFolder(out, plan, {"recipe": recipe.model_dump(mode="json"), "hashes": hashes})
     work.check(resume, overwrite)
-    run = Run(plan, out, work, shown, resume and work.path.exists(), overwrite, hashes)
+    run = Run(plan, out, work, shown, resume and work.path.exists(), overwrite, hashes, seconds)
     layers = round_layers(run.plan, run.work, run.resume, shown) if chats is None else _calibrate(run, chats)
     return finish_run(run, layers, started)
 

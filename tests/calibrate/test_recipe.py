@@ -1,0 +1,55 @@
+import pytest
+
+from vlmq_serve.calibrate.recipe import load_recipe, make_recipe
+from vlmq_serve.format.errors import VLMQError
+from vlmq_serve.format.scheme import Scheme
+
+
+def test_yaml_with_overrides_and_options_that_win(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("method: gptq\nbits: 3\ngroup_size: 64\noverrides:\n  down_proj: w4g32s\n  o_proj: {bits: 4}\n")
+    recipe = load_recipe(file, bits=2)
+    assert recipe.method == "gptq"
+    assert recipe.scheme == Scheme(2, 64)
+    assert recipe.override_schemes == {"down_proj": Scheme(4, 32, True), "o_proj": Scheme(4, 64)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bits": 5}, "bits: got 5, allowed"),
+        ({"group_size": 100}, "group_size: got 100, allowed"),
+        ({"method": "awq2"}, "method: got 'awq2'.*'rtn'"),
+        ({"bit": 4}, "unknown key 'bit'; allowed: .*bits"),
+        ({"percdamp": 0}, "percdamp: got 0"),
+        ({"overrides": {"q_proj": "w9g3"}}, "bits: got 9"),
+        ({"samples": 0}, "samples: got 0"),
+        ({"exponent": 3}, "exponent: got 3"),
+    ],
+)
+def test_faults_are_one_line(settings, message):
+    with pytest.raises(VLMQError, match=message) as caught:
+        make_recipe(**settings)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [", "not valid YAML"), ("- 1", "got a list"), ("bitz: 3", "recipe.yaml: .*'bitz'")]
+)
+def test_bad_files(tmp_path, text, message):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(VLMQError, match=message):
+        load_recipe(tmp_path / "recipe.yaml")
+    with pytest.raises(VLMQError, match="cannot be read"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("method", "base", "bits", "expected"),
+    [
+        ("vlmq", "auto", 2, False), ("vlmq", "auto", 3, True), ("vlmq", "gptq", 4, False), ("vlmq", "gptaq", 2, True),
+        ("gptq", "auto", 3, False), ("gptaq", "auto", 2, True), ("rtn", "auto", 4, False),
+    ],
+)  # fmt: skip
+def test_residual_follows_the_paper(method, base, bits, expected):
+    assert make_recipe(method=method, base=base).uses_residual(bits) is expected
