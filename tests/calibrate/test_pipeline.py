@@ -152,6 +152,29 @@ def test_existing_output_is_kept_unless_overwritten(tiny_model, data_file, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_output_in_the_source_is_refused(tiny_model):
+    with pytest.raises(VLMQError, match="lies in the source"):
+        calibrate(tiny_model, tiny_model / "out", None, recipe(method="rtn"))
+    assert not (tiny_model / "out").exists()
+
+
+def test_broken_image_leaves_nothing(tiny_model, data_file, tmp_path):
+    line = json.loads(data_file.read_text().splitlines()[1])
+    line["messages"][0]["content"][0] = {"type": "image", "image": "cut.png"}
+    (tmp_path / "chats.jsonl").write_text(json.dumps(line))
+    (tmp_path / "cut.png").write_bytes((data_file.parent / "1.png").read_bytes()[:100])
+    with pytest.raises(VLMQError, match=r"line 1: image 'cut.png' is broken"):
+        calibrate(tiny_model, tmp_path / "out", tmp_path / "chats.jsonl", recipe(samples=1))
+    assert {path.name for path in tmp_path.iterdir()} == {"chats.jsonl", "cut.png"}
+
+
+def test_bfloat16_activations(tiny_model, data_file, tmp_path):
+    settings = recipe(method="vlmq", dtype="bfloat16", samples=4)
+    report = calibrate(tiny_model, tmp_path / "out", data_file, settings)
+    assert report.details["dtype"] == "bfloat16"
+    assert all(0 < layer.errors["all"] < 1 for layer in report.layers)
+
+
 def test_method_that_needs_data_says_so(tiny_model, tmp_path):
     with pytest.raises(VLMQError, match="needs a data file"):
         calibrate(tiny_model, tmp_path / "out", None, recipe(method="vlmq"))

@@ -1,5 +1,6 @@
 """The entry point: a model folder, a data file and a recipe in, a quantized checkpoint with its report out."""
 
+import shutil
 from pathlib import Path
 from time import perf_counter
 
@@ -9,7 +10,7 @@ from vlmq_serve.calibrate.data import CalibrationData, SampleFeed, load_data
 from vlmq_serve.calibrate.finish import finish_run
 from vlmq_serve.calibrate.layer import quantize_layer, restore_layer
 from vlmq_serve.calibrate.loading import choose_device, choose_dtype, hash_weights, load_model, load_processor
-from vlmq_serve.calibrate.plan import make_plan
+from vlmq_serve.calibrate.plan import Plan, make_plan
 from vlmq_serve.calibrate.progress import Progress, SilentProgress
 from vlmq_serve.calibrate.recipe import Recipe
 from vlmq_serve.calibrate.report import LayerResult, RunReport
@@ -39,8 +40,7 @@ def calibrate(
     started = perf_counter()
     shown = progress or SilentProgress()
     plan = make_plan(model, recipe)
-    if out.exists() and not overwrite:
-        raise VLMQError(f"{out}: exists already; choose another output folder, or overwrite it")
+    _check_output(out, plan, overwrite)
     if data is None and recipe.needs_data:
         raise VLMQError(f"data: method {recipe.method!r} needs a data file of chats with images; only rtn does without")
     chats = load_data(data, recipe) if data is not None else None
@@ -54,6 +54,21 @@ def calibrate(
     run = Run(plan, out, work, shown, resume and work.path.exists(), overwrite, hashes, seconds)
     layers = round_layers(run.plan, run.work, run.resume, shown) if chats is None else _calibrate(run, chats)
     return finish_run(run, layers, started)
+
+
+def _check_output(out: Path, plan: Plan, overwrite: bool) -> None:
+    """Before hours of work: `out` must be free, outside of the source, and on a disk with room."""
+    if out.exists() and not overwrite:
+        raise VLMQError(f"{out}: exists already; choose another output folder, or overwrite it")
+    source, target = plan.source.resolve(), out.resolve()
+    if target == source or source in target.parents:
+        raise VLMQError(f"{out}: lies in the source model's folder; choose a folder outside of {plan.source}")
+    existing = next(folder for folder in target.parents if folder.exists())
+    free = shutil.disk_usage(existing).free
+    # The work folder's packed layers, and a checkpoint that the writer reckons at the source's size.
+    need = plan.bytes_before + sum(linear.bytes_after for linear in plan.quantized)
+    if free < need:
+        raise VLMQError(f"{existing}: {free / 2**30:.1f} GiB free, {need / 2**30:.1f} GiB needed; free some space")
 
 
 def _calibrate(run: Run, data: CalibrationData) -> list[LayerResult]:
