@@ -19,7 +19,7 @@ from examples.demo.saliency import image_saliency
 from vlmq_serve.calibrate.chats import Chat, message_text, read_chats
 from vlmq_serve.calibrate.pipeline import calibrate
 from vlmq_serve.calibrate.recipe import make_recipe
-from vlmq_serve.cli.console import RichProgress, err, human_bytes, out, progress_bar
+from vlmq_serve.cli.console import RichProgress, err, hide_loading_bars, human_bytes, out, progress_bar
 from vlmq_serve.evaluate.answers import answer_locally, is_correct
 from vlmq_serve.evaluate.endpoint import ask, connect
 from vlmq_serve.evaluate.loading import load_model
@@ -51,6 +51,7 @@ def main() -> int:
     """Run all steps; the exit status is 0 only if both served answers are the ones expected."""
     options = _options()
     signal.signal(signal.SIGTERM, _as_exit)
+    hide_loading_bars()
     start = time.monotonic()
     folder: Path = options.output
     try:

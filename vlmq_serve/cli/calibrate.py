@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from vlmq_serve.cli.console import RichProgress, human_bytes, one_line_errors, out
+from vlmq_serve.cli.console import RichProgress, hide_loading_bars, human_bytes, one_line_errors, out
 from vlmq_serve.format.errors import VLMQError
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def calibrate(
     if dry_run:
         out.print("dry run: nothing was written")
         return
+    hide_loading_bars()
     with RichProgress() as progress:
         report = run(model, output, data, chosen, resume=resume, progress=progress)
     _print_report(report)

@@ -16,6 +16,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 from vlmq_serve.format.errors import VLMQError
 
@@ -42,17 +43,26 @@ def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
 
 
 def progress_bar() -> Progress:
-    """A bar with count, elapsed time, estimated time left and a free text field `note`."""
+    """A bar with count, elapsed time, estimated time left and a free text field `note`, cut where the line ends."""
+    note = Column(no_wrap=True, overflow="ellipsis", ratio=1)
     return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", table_column=note),
         console=err,
+        expand=True,
     )
+
+
+def hide_loading_bars() -> None:
+    """Turn off the bars that transformers draws when it loads weights; they would break up ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def human_bytes(count: float) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from vlmq_serve.cli.console import one_line_errors, out, progress_bar
+from vlmq_serve.cli.console import hide_loading_bars, one_line_errors, out, progress_bar
 from vlmq_serve.format.errors import VLMQError
 
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ def _local(model: str, batch_size: int, max_new_tokens: int) -> Answerer:
     folder = Path(model)
     if not folder.is_dir():
         raise VLMQError(f"{model}: no such folder; give a model folder or a URL that starts with http:// or https://")
+    hide_loading_bars()
     loaded = load_model(folder)
     processor = transformers.AutoProcessor.from_pretrained(folder)
 

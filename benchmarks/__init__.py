@@ -1,0 +1,1 @@
+"""Measurements: quality, kernels, serving, memory. Not installed with the package."""

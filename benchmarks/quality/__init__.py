@@ -1,0 +1,1 @@
+"""Accuracy of methods and widths on one model and data file."""
