@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import Qwen2VLConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLDecoderLayer
 
-from vlmq_serve.calibrate.families.qwen2_vl import QWEN2_VL
+from vlmq_serve.calibrate.families.qwen2_vl import QWEN2_VL, attention_block
 from vlmq_serve.calibrate.importance import TokenImportance, attention_gradients
 
 TOKENS, WIDTH = 9, 32
@@ -43,10 +43,10 @@ def streams() -> tuple[Tensor, Tensor]:
 
 def loss_with_nudge(layer, kwargs, full, quantized, linear: str, nudge: Tensor) -> float:
     """The local loss when the output of `linear` on the quantized path is shifted by `nudge`."""
-    target = QWEN2_VL.attention_block(layer, full, kwargs)
+    target = attention_block(layer, full, kwargs)
     handle = layer.get_submodule(linear).register_forward_hook(lambda _, __, output: output + nudge)
     try:
-        return float((QWEN2_VL.attention_block(layer, quantized, kwargs) - target).square().sum())
+        return float((attention_block(layer, quantized, kwargs) - target).square().sum())
     finally:
         handle.remove()
 
@@ -54,7 +54,7 @@ def loss_with_nudge(layer, kwargs, full, quantized, linear: str, nudge: Tensor) 
 @pytest.mark.parametrize("linear", QWEN2_VL.importance_taps)
 def test_gradients_equal_finite_differences(layer, kwargs, streams, linear):
     full, quantized = streams
-    got = attention_gradients(layer, QWEN2_VL.attention_block, QWEN2_VL.importance_taps, full, quantized, kwargs)
+    got = attention_gradients(layer, attention_block, QWEN2_VL.importance_taps, full, quantized, kwargs)
     channels = layer.get_submodule(linear).out_features
     step, batch, token = 1e-5, 1, 5
     slopes = []
@@ -69,17 +69,17 @@ def test_gradients_equal_finite_differences(layer, kwargs, streams, linear):
 def test_output_projection_has_the_closed_form(layer, kwargs, streams):
     """dL/dZ of o_proj is 2 (A(U) - A(F)) itself."""
     full, quantized = streams
-    got = attention_gradients(layer, QWEN2_VL.attention_block, QWEN2_VL.importance_taps, full, quantized, kwargs)
-    drift = QWEN2_VL.attention_block(layer, quantized, kwargs) - QWEN2_VL.attention_block(layer, full, kwargs)
+    got = attention_gradients(layer, attention_block, QWEN2_VL.importance_taps, full, quantized, kwargs)
+    drift = attention_block(layer, quantized, kwargs) - attention_block(layer, full, kwargs)
     torch.testing.assert_close(got["self_attn.o_proj"], (2 * drift).abs().mean(-1).float())
 
 
 def test_samples_of_a_batch_do_not_mix(layer, kwargs, streams):
     full, quantized = streams
     taps = QWEN2_VL.importance_taps
-    together = attention_gradients(layer, QWEN2_VL.attention_block, taps, full, quantized, kwargs)
+    together = attention_gradients(layer, attention_block, taps, full, quantized, kwargs)
     first = {**kwargs, "position_embeddings": tuple(x[:1] for x in kwargs["position_embeddings"])}
-    alone = attention_gradients(layer, QWEN2_VL.attention_block, taps, full[:1], quantized[:1], first)
+    alone = attention_gradients(layer, attention_block, taps, full[:1], quantized[:1], first)
     for name in taps:
         torch.testing.assert_close(together[name][:1], alone[name])
 
@@ -87,7 +87,7 @@ def test_samples_of_a_batch_do_not_mix(layer, kwargs, streams):
 def test_layer_is_left_as_it_was(layer, kwargs, streams):
     before = copy.deepcopy(layer.state_dict())
     full, quantized = streams
-    attention_gradients(layer, QWEN2_VL.attention_block, QWEN2_VL.importance_taps, full, quantized, kwargs)
+    attention_gradients(layer, attention_block, QWEN2_VL.importance_taps, full, quantized, kwargs)
     assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
     assert all(parameter.grad is None for parameter in layer.parameters())
     assert not any(module._forward_hooks for module in layer.modules())
@@ -95,7 +95,7 @@ def test_layer_is_left_as_it_was(layer, kwargs, streams):
 
 def test_equal_paths_give_uniform_weights(layer, kwargs, streams):
     full, _ = streams
-    got = attention_gradients(layer, QWEN2_VL.attention_block, QWEN2_VL.importance_taps, full, full, kwargs)
+    got = attention_gradients(layer, attention_block, QWEN2_VL.importance_taps, full, full, kwargs)
     for gradient in got.values():
         importance = TokenImportance.from_gradients([gradient])
         assert importance.uniform

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 
-from vlmq_serve.calibrate.capture import group_by_length, run_layer
+from vlmq_serve.calibrate.capture import group_by_length
 from vlmq_serve.calibrate.chats import read_chats
 from vlmq_serve.calibrate.families.qwen2_vl import QWEN2_VL
 from vlmq_serve.calibrate.loading import load_model
@@ -79,7 +79,7 @@ def test_groups_have_one_length_and_lose_nobody(processor, data_file):
 
 
 def test_streams_are_the_models_own_inference(tiny_model, processor, data_file):
-    """Batches run layer by layer end in the logits that the whole model gives each chat alone: M-RoPE included."""
+    """Batches run block by block end in the logits that the whole model gives each chat alone: M-RoPE included."""
     model = load_model(tiny_model, torch.float32)
     samples = list(build_samples(processor, read_chats(data_file)[:8], image_token(processor)))
     streams = capture_streams(model, QWEN2_VL, samples, torch.device("cpu"), 4096, SilentProgress())
@@ -88,7 +88,8 @@ def test_streams_are_the_models_own_inference(tiny_model, processor, data_file):
         for item, batch in zip(streams, streams.batches, strict=True):
             hidden = item.full
             for layer in QWEN2_VL.decoder_layers(model):
-                hidden = run_layer(layer, hidden, item.kwargs)
+                for block in QWEN2_VL.blocks:
+                    hidden = block.forward(layer, hidden, item.kwargs)
             for row, index in enumerate(batch.indices):
                 expected = model(**samples[index].inputs).logits[0]
                 logits = model.lm_head(model.model.language_model.norm(hidden[row]))

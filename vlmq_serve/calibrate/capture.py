@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlmq_serve.calibrate.families.adapter import BlockForward
 from vlmq_serve.calibrate.samples import CalibrationSample
 
 _NOT_FOR_LAYERS = ("past_key_values", "use_cache", "cache_position")
@@ -86,14 +87,10 @@ def move(value: Any, device: torch.device) -> Any:
     return value
 
 
-def run_layer(layer: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-    """Output hidden states of a decoder layer."""
-    out = layer(hidden, **kwargs)
-    return out[0] if isinstance(out, tuple) else out
-
-
-def linear_input(layer: nn.Module, linear: str, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-    """Input of the linear called `linear` inside `layer`; the layer runs no further than that."""
+def linear_input(
+    layer: nn.Module, forward: BlockForward, linear: str, hidden: Tensor, kwargs: Mapping[str, Any]
+) -> Tensor:
+    """Input of the linear called `linear` when a block of `layer` runs; it runs no further than that."""
     caught: list[Tensor] = []
 
     def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -102,7 +99,7 @@ def linear_input(layer: nn.Module, linear: str, hidden: Tensor, kwargs: Mapping[
 
     handle = layer.get_submodule(linear).register_forward_pre_hook(stop)
     try:
-        run_layer(layer, hidden, kwargs)
+        forward(layer, hidden, kwargs)
     except _StopForward:
         pass
     finally:

@@ -4,7 +4,7 @@ L = || A(F) - A(U) ||^2,  A(X) = X + attention(norm(X)),  F full-precision path,
 g_t = mean over channels |dL / dZ_t|,  Z the output of q, k, v or o, one backward pass for all four
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmq_serve.calibrate.capture import output_taps
+from vlmq_serve.calibrate.families.adapter import BlockForward
 
 _MEAN_TOLERANCE = 1e-3
 
@@ -50,12 +51,9 @@ class TokenImportance:
         return cls(tuple((r * scale).float() for r in raised))
 
 
-AttentionBlock = Callable[[nn.Module, Tensor, Mapping[str, Any]], Tensor]
-
-
 def attention_gradients(
     layer: nn.Module,
-    block: AttentionBlock,
+    forward: BlockForward,
     taps: Sequence[str],
     full: Tensor,
     quantized: Tensor,
@@ -66,9 +64,9 @@ def attention_gradients(
     The layer has its full-precision weights in both terms; its parameters must not require gradients.
     """
     with torch.no_grad():
-        target = block(layer, full, kwargs)
+        target = forward(layer, full, kwargs)
     with torch.enable_grad(), output_taps(layer, taps, _require_grad) as outputs:
-        loss = (block(layer, quantized, kwargs).float() - target.float()).square().sum()
+        loss = (forward(layer, quantized, kwargs).float() - target.float()).square().sum()
         gradients = torch.autograd.grad(loss, [outputs[name] for name in taps])
     return {name: g.float().abs().mean(-1) for name, g in zip(taps, gradients, strict=True)}
 

@@ -129,7 +129,7 @@ def _run_layers(run: Run, layers: nn.ModuleList, streams: Streams) -> list[Layer
     started = perf_counter()
     for index, linears in enumerate(run.plan.by_layer):
         if index < len(results):
-            restore_layer(layers[index], linears, run.work.packed(), streams)
+            restore_layer(layers[index], linears, run.plan.adapter, run.work.packed(), streams)
         else:
             done = quantize_layer(layers[index], linears, run.plan.adapter, run.plan.recipe, streams)
             run.work.store(done.result, done.packed, done.saliency)

@@ -19,6 +19,7 @@ from vlmq_serve.format.weight import tensor_shapes
 
 SCALE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _ASSUMED_TOKENS = 512
+_RUNTIME_BYTES = 600 * 2**20  # Python with torch and transformers, measured
 _ITEM_BYTES = {"qweight": 4, "zeros": 1}
 
 
@@ -79,11 +80,11 @@ class Plan:
         item = choose_dtype(self.recipe, choose_device(self.recipe)).itemsize
         source_item = self.linears[0].dtype.itemsize
         if not self.recipe.needs_data:
-            return 16 * max(linear.shape[0] * linear.shape[1] for linear in self.linears)
+            return _RUNTIME_BYTES + 16 * max(linear.shape[0] * linear.shape[1] for linear in self.linears)
         tokens = self.recipe.samples * (self.recipe.max_tokens or _ASSUMED_TOKENS)
         streams = 2 * tokens * self.linears[0].shape[1] * item
         widest = max(linear.shape[1] for linear in self.linears)
-        return self.bytes_before * item // source_item + streams + 6 * 4 * widest**2
+        return _RUNTIME_BYTES + self.bytes_before * item // source_item + streams + 6 * 4 * widest**2
 
 
 def make_plan(model: str | Path, recipe: Recipe) -> Plan:

@@ -2,11 +2,10 @@
 
 from time import perf_counter
 
-from vlmq_serve.calibrate.layer import relative_error, solver_options
+from vlmq_serve.calibrate.linear import relative_error, solve
 from vlmq_serve.calibrate.plan import LinearPlan, Plan
 from vlmq_serve.calibrate.progress import Progress
 from vlmq_serve.calibrate.report import LayerResult, LinearResult, peak_memory_mib
-from vlmq_serve.calibrate.solvers.rtn import solve_rtn
 from vlmq_serve.calibrate.work import WorkFolder
 from vlmq_serve.format.shards import read_tensors
 from vlmq_serve.format.weight import PackedWeight
@@ -36,8 +35,8 @@ def _round_layer(index: int, linears: list[LinearPlan], plan: Plan) -> tuple[Lay
             continue
         before = perf_counter()
         weight = weights[f"{linear.name}.weight"].float()
-        packed[linear.name] = solve_rtn(weight, linear.scheme, solver_options(plan.recipe, linear.dtype)).pack()
-        error = relative_error(packed[linear.name].dequantize(), weight)
+        packed[linear.name] = solve(linear, weight, plan.recipe, None, {}).pack()
+        error = relative_error(packed[linear.name], weight)
         rows.append(LinearResult(linear.name, str(linear.scheme), error, seconds=round(perf_counter() - before, 3)))
     result = LayerResult(index, tuple(rows), {}, round(perf_counter() - started, 3), peak_memory_mib())
     return result, packed

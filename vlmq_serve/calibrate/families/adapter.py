@@ -8,7 +8,21 @@ from torch import Tensor, nn
 
 from vlmq_serve.format.errors import VLMQError
 
-AttentionBlock = Callable[[nn.Module, Tensor, Mapping[str, Any]], Tensor]
+BlockForward = Callable[[nn.Module, Tensor, Mapping[str, Any]], Tensor]
+
+
+@dataclass(frozen=True)
+class ResidualBlock:
+    """A part of a decoder layer, norm and residual included.
+
+    `forward(layer, hidden, kwargs)` maps [B, T, C] to [B, T, C]. `linear_groups` lists its linears in the order of
+    quantization; linears of one group read the same input. `importance_taps` are the linears whose output gradients
+    weigh tokens (VLMQ: those of the attention).
+    """
+
+    forward: BlockForward
+    linear_groups: tuple[tuple[str, ...], ...]
+    importance_taps: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -16,21 +30,17 @@ class ModelAdapter:
     """Where things are in one family.
 
     `layers`, `vision_tower`, `merger` and `before_layers` are module paths in the loaded transformers model;
-    `source_layers` the prefixes that the layers may have in safetensors files. `linear_groups` lists a decoder layer's
-    linears in the order of quantization; linears of one group read the same input. `attention_block(layer, hidden,
-    kwargs)` is the attention with its norm and its residual, [B, T, C] to [B, T, C]; `importance_taps` are the linears
-    inside it. `check_config` raises `VLMQError` on variants that the family's code does not cover.
+    `source_layers` the prefixes that the layers may have in safetensors files. `blocks`, one after the other, make up
+    a decoder layer. `check_config` raises `VLMQError` on variants that the family's code does not cover.
     """
 
     model_type: str
     layers: str
     source_layers: tuple[str, ...]
-    linear_groups: tuple[tuple[str, ...], ...]
-    importance_taps: tuple[str, ...]
+    blocks: tuple[ResidualBlock, ...]
     vision_tower: str
     merger: str
     before_layers: tuple[str, ...]
-    attention_block: AttentionBlock
     image_token_id: Callable[[Any], int]
     merge_size: Callable[[Any], int]
     check_config: Callable[[Any], None]
@@ -38,7 +48,12 @@ class ModelAdapter:
     @property
     def linears(self) -> tuple[str, ...]:
         """All linears of a layer in order."""
-        return tuple(name for group in self.linear_groups for name in group)
+        return tuple(name for block in self.blocks for group in block.linear_groups for name in group)
+
+    @property
+    def importance_taps(self) -> tuple[str, ...]:
+        """All taps of a layer in order."""
+        return tuple(name for block in self.blocks for name in block.importance_taps)
 
     def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
         layers = model.get_submodule(self.layers)

@@ -1,0 +1,125 @@
+"""Quantizes one residual block: importance, statistics and solution per group of linears; then both streams move on."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+
+from vlmq_serve.calibrate.capture import linear_input, output_taps
+from vlmq_serve.calibrate.families.adapter import ResidualBlock
+from vlmq_serve.calibrate.hessian import Statistics, StatisticsAccumulator
+from vlmq_serve.calibrate.importance import TokenImportance, attention_gradients
+from vlmq_serve.calibrate.linear import relative_error, solve, write_weight
+from vlmq_serve.calibrate.metrics import ErrorByModality, mean_by_modality
+from vlmq_serve.calibrate.plan import LinearPlan
+from vlmq_serve.calibrate.recipe import Recipe
+from vlmq_serve.calibrate.report import Errors, LinearResult
+from vlmq_serve.calibrate.solvers.factor import InverseFactor
+from vlmq_serve.calibrate.streams import Streams
+from vlmq_serve.format.weight import PackedWeight
+
+
+@dataclass
+class BlockRun:
+    """One block under way: `layer` receives quantized weights, `full` keeps the original ones."""
+
+    layer: nn.Module
+    full: nn.Module
+    block: ResidualBlock
+    linears: Mapping[str, LinearPlan]
+    recipe: Recipe
+    streams: Streams
+    importance: Mapping[str, TokenImportance] = field(default_factory=dict)
+    packed: dict[str, PackedWeight] = field(default_factory=dict)
+    results: dict[str, LinearResult] = field(default_factory=dict)
+
+
+def quantize_block(run: BlockRun) -> Errors:
+    """Fill `packed` and `results` of `run`, move the streams behind the block; relative errors of its output."""
+    if run.recipe.method == "vlmq" and run.block.importance_taps:
+        run.importance = measure_importance(run.full, run.block, run.streams, run.recipe.exponent)
+    for group in run.block.linear_groups:
+        plans = [run.linears[name] for name in group if run.linears[name].scheme is not None]
+        if plans:
+            _solve_group(run, plans)
+    errors, output_errors = advance_streams(run.layer, run.full, run.block, list(run.results), run.streams)
+    run.results = {name: replace(result, errors=errors[name]) for name, result in run.results.items()}
+    return output_errors
+
+
+def measure_importance(
+    layer: nn.Module, block: ResidualBlock, streams: Streams, exponent: int
+) -> dict[str, TokenImportance]:
+    """Token weights at the block's taps: one forward and one backward pass of the block per batch."""
+    gradients: dict[str, list[Tensor]] = {name: [] for name in block.importance_taps}
+    for item in streams:
+        found = attention_gradients(layer, block.forward, block.importance_taps, item.full, item.quantized, item.kwargs)
+        for name, gradient in found.items():
+            gradients[name].append(gradient.cpu())
+    return {name: TokenImportance.from_gradients(parts, exponent) for name, parts in gradients.items()}
+
+
+def collect_statistics(run: BlockRun, plans: Sequence[LinearPlan]) -> dict[str, Statistics]:
+    """Statistics per linear of a group; linears without token weights share one set, since they read one input."""
+    residual = any(plan.scheme is not None and run.recipe.uses_residual(plan.scheme.bits) for plan in plans)
+    keys = {plan.local: plan.local if plan.local in run.importance else "" for plan in plans}
+    features, first, device = plans[0].shape[1], plans[0].local, run.streams.device
+    sums = {key: StatisticsAccumulator(features, residual, device) for key in dict.fromkeys(keys.values())}
+    forward = run.block.forward
+    for item in run.streams:
+        seen = linear_input(run.layer, forward, first, item.quantized, item.kwargs)
+        wanted = linear_input(run.full, forward, first, item.full, item.kwargs) if residual else None
+        for key, accumulator in sums.items():
+            weights = run.importance[key].weights[item.position].to(device) if key else None
+            accumulator.add(seen, wanted, weights)
+    finished = {key: accumulator.finish() for key, accumulator in sums.items()}
+    return {local: finished[key] for local, key in keys.items()}
+
+
+def _solve_group(run: BlockRun, plans: Sequence[LinearPlan]) -> None:
+    """Solve the linears of one group, write their weights back, and note the results."""
+    statistics = collect_statistics(run, plans) if run.recipe.needs_data else {}
+    factors: dict[int, InverseFactor] = {}
+    for plan in plans:
+        started = perf_counter()
+        weight = run.full.get_parameter(f"{plan.local}.weight").detach().float()
+        solution = solve(plan, weight, run.recipe, statistics.get(plan.local), factors)
+        packed = solution.pack()
+        write_weight(run.layer, plan, packed)
+        run.packed[plan.name] = packed
+        weights = run.importance.get(plan.local)
+        run.results[plan.local] = LinearResult(
+            plan.name,
+            str(plan.scheme),
+            relative_error(packed, weight),
+            damping=solution.damping,
+            importance=_importance_by_modality(weights, run.streams) if weights else {},
+            uniform_importance=weights is not None and weights.uniform,
+            seconds=round(perf_counter() - started, 3),
+        )
+
+
+def advance_streams(
+    layer: nn.Module, full: nn.Module, block: ResidualBlock, linears: Sequence[str], streams: Streams
+) -> tuple[dict[str, Errors], Errors]:
+    """Run both paths through the finished block; relative output errors of its linears and of the block."""
+    errors = {name: ErrorByModality() for name in linears}
+    total = ErrorByModality()
+    for item in streams:
+        with output_taps(full, linears) as wanted:
+            full_out = block.forward(full, item.full, item.kwargs)
+        with output_taps(layer, linears) as got:
+            quantized_out = block.forward(layer, item.quantized, item.kwargs)
+        for name in linears:
+            errors[name].add(got[name], wanted[name], item.modality)
+        total.add(quantized_out, full_out, item.modality)
+        streams.advance(item.position, full_out, quantized_out)
+    return {name: error.relative() for name, error in errors.items()}, total.relative()
+
+
+def _importance_by_modality(importance: TokenImportance, streams: Streams) -> Errors:
+    values = torch.cat([w.reshape(1, -1) for w in importance.weights], 1)
+    modality = torch.cat([batch.modality.reshape(1, -1) for batch in streams.batches], 1)
+    return mean_by_modality(values, modality)

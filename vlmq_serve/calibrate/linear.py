@@ -1,0 +1,46 @@
+"""One linear: which solver with which options, and how its result is written back."""
+
+from torch import Tensor, nn
+
+from vlmq_serve.calibrate.hessian import Statistics
+from vlmq_serve.calibrate.plan import LinearPlan
+from vlmq_serve.calibrate.recipe import Recipe
+from vlmq_serve.calibrate.solvers.factor import InverseFactor, factor_inverse
+from vlmq_serve.calibrate.solvers.gptq import solve_gptq
+from vlmq_serve.calibrate.solvers.rtn import solve_rtn
+from vlmq_serve.calibrate.solvers.solution import Solution, SolverOptions
+from vlmq_serve.format.errors import VLMQError
+from vlmq_serve.format.weight import PackedWeight
+
+
+def solve(
+    plan: LinearPlan,
+    weight: Tensor,
+    recipe: Recipe,
+    statistics: Statistics | None,
+    factors: dict[int, InverseFactor],
+) -> Solution:
+    """Run the recipe's solver on one weight [N, K] (fp32); `factors` keeps what linears with one Hessian share."""
+    if plan.scheme is None:
+        raise RuntimeError(f"{plan.name} is not to be quantized")
+    options = SolverOptions(plan.dtype, recipe.grid, recipe.percdamp, recipe.act_order, recipe.alpha)
+    if statistics is None:
+        return solve_rtn(weight, plan.scheme, options)
+    try:
+        if id(statistics) not in factors:
+            factors[id(statistics)] = factor_inverse(statistics.hessian, options.percdamp, options.act_order)
+    except VLMQError as error:
+        raise VLMQError(f"{plan.name}: {error}") from None
+    residual = recipe.uses_residual(plan.scheme.bits)
+    return solve_gptq(weight, statistics, plan.scheme, options, residual, factors[id(statistics)])
+
+
+def write_weight(layer: nn.Module, plan: LinearPlan, packed: PackedWeight) -> None:
+    """Put the dequantized weight into the layer, in its own dtype and on its own device."""
+    layer.get_parameter(f"{plan.local}.weight").data.copy_(packed.dequantize())
+
+
+def relative_error(packed: PackedWeight, weight: Tensor) -> float:
+    """||Q - W||^2 / ||W||^2 of the stored weight."""
+    stored = packed.dequantize().to(weight.device)
+    return float((stored - weight).square().sum() / weight.square().sum().clamp(min=1e-30))
