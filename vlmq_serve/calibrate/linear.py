@@ -36,11 +36,10 @@ def solve(
 
 
 def write_weight(layer: nn.Module, plan: LinearPlan, packed: PackedWeight) -> None:
-    """Put the dequantized weight into the layer, in its own dtype and on its own device."""
+    """Put the dequantized weight into the layer, in its own dtype."""
     layer.get_parameter(f"{plan.local}.weight").data.copy_(packed.dequantize())
 
 
 def relative_error(packed: PackedWeight, weight: Tensor) -> float:
     """||Q - W||^2 / ||W||^2 of the stored weight."""
-    stored = packed.dequantize().to(weight.device)
-    return float((stored - weight).square().sum() / weight.square().sum().clamp(min=1e-30))
+    return float((packed.dequantize() - weight).square().sum() / weight.square().sum().clamp(min=1e-30))

@@ -117,7 +117,7 @@ class PackedLayers(Mapping[str, PackedWeight]):
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
     staging = path.with_name(path.name + ".writing")
-    save_file(tensors, staging)
+    save_file({name: tensor.cpu() for name, tensor in tensors.items()}, staging)
     os.replace(staging, path)
 
 

@@ -32,8 +32,6 @@ class Solution:
     damping: float = 0.0
 
     def pack(self) -> PackedWeight:
-        """The checkpoint form, on the CPU."""
-        zeros = None if self.scheme.symmetric else self.grid.zeros.to("cpu", torch.uint8)
-        return PackedWeight.from_codes(
-            self.codes.to("cpu", torch.uint8), self.grid.scales.to("cpu"), zeros, self.scheme
-        )
+        """The checkpoint form, on the device of the codes."""
+        zeros = None if self.scheme.symmetric else self.grid.zeros
+        return PackedWeight.from_codes(self.codes.to(torch.uint8), self.grid.scales, zeros, self.scheme)
