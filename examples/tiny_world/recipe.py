@@ -20,14 +20,14 @@ class Recipe:
 
     seed: int = 0
     vision_steps: int = 400
-    joint_steps: int = 2400
+    joint_steps: int = 2800
     vision_batch: int = 48
-    joint_batch: int = 32
-    lr: float = 2e-3
+    joint_batch: int = 16
+    lr: float = 1.5e-3
     weight_decay: float = 0.05
     warmup: int = 40
     decay: float = 0.35
-    label_weight: float = 0.1
+    label_weight: float = 0.3
     ema: float = 0.995
 
     @property

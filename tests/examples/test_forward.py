@@ -18,10 +18,10 @@ IMAGES = 3
 
 @pytest.fixture(scope="module")
 def model():
-    """Random weights, larger than the initial ones, so that attention is far from uniform and every path matters."""
+    """Random weights; the vision tower's enlarged, so that its attention is far from uniform and every path matters."""
     model = build_model(1).eval()
     with torch.no_grad():
-        for param in model.parameters():
+        for param in model.model.visual.parameters():
             if param.ndim > 1:
                 param.mul_(3.0)
     return model
