@@ -44,11 +44,14 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("group", [32, 64, 128, -1])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("path", ["reference", "cpu_dequant", "cpu_int4"])
+@pytest.mark.parametrize(
+    ("path", "dtype"),
+    [
+        *((path, dtype) for path in ("reference", "cpu_dequant") for dtype in LIMIT),
+        pytest.param("cpu_int4", torch.bfloat16, marks=needs_int4),
+    ],
+)
 def test_paths_match_float64(path: str, dtype: torch.dtype, bits: int, group: int, symmetric: bool) -> None:
-    if path == "cpu_int4" and (dtype != torch.bfloat16 or nibbles.int4_kernel_block() is None):
-        pytest.skip("served by cpu_dequant")
     for rows, cols in ((64, 256), (100, 384), (7, 128)):
         weight = random_weight(rows, cols, bits, group, symmetric)
         exact = exact_weight(weight)
@@ -99,10 +102,8 @@ def test_zero_scales_give_zero_weights() -> None:
         assert torch.equal(y, torch.zeros(count, 64, dtype=torch.bfloat16))
 
 
-@pytest.mark.parametrize("path", ["reference", "cpu_dequant", "cpu_int4"])
+@pytest.mark.parametrize("path", ["reference", "cpu_dequant", pytest.param("cpu_int4", marks=needs_int4)])
 def test_shapes_bias_and_empty_input(path: str) -> None:
-    if path == "cpu_int4" and nibbles.int4_kernel_block() is None:
-        pytest.skip("torch has no int4 kernel here")
     weight = random_weight(80, 128, 4, 32, False)
     prepared = prepare(weight, torch.bfloat16, "cpu", path)
     bias = torch.randn(80).bfloat16()
@@ -154,6 +155,23 @@ def test_eight_bits_are_served_by_the_reference() -> None:
     assert prepared.path == "reference"
     x = torch.randn(3, 128)
     assert relative_error(linear(x, prepared), x.double() @ exact_weight(weight).T) < 1e-5
+
+
+def test_machine_without_a_known_int4_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another layout, or none, is no error: exact blocks serve."""
+    monkeypatch.setattr("vlmq_serve.kernels.choice.int4_kernel_block", lambda: None)
+    assert prepare(random_weight(64, 128, 4, 64, False), torch.bfloat16, "cpu").path == "cpu_dequant"
+    with pytest.raises(VLMQError, match="no int4 kernel"):
+        choose_path(4, torch.bfloat16, torch.device("cpu"), "cpu_int4")
+
+
+def test_bf16_arithmetic_where_the_cpu_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The branch for AVX512-BF16 and AMX machines gives the dense bf16 product, whose weights are rounded once."""
+    monkeypatch.setattr("vlmq_serve.kernels.cpu.cpu_has_bf16", lambda: True)
+    weight = random_weight(128, 256, 4, 64, False)
+    x = torch.randn(70, 256).bfloat16()
+    y = linear(x, prepare(weight, torch.bfloat16, "cpu", "cpu_dequant"))
+    assert relative_error(y, x.double() @ exact_weight(weight).T) <= LIMIT[torch.bfloat16]
 
 
 def test_path_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:

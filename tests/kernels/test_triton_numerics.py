@@ -24,16 +24,15 @@ def case(
 
 
 CASES = [
-    # Every width, type, group and symmetry, at a tail of N.
+    # Every width, type and group, with zeros and symmetric, at a tail of N.
     *(
         case(bits, dtype, group, symmetric, 5, 72, 512)
         for bits in (2, 3, 4)
         for dtype in ("bfloat16", "float16")
-        for group in (32, 64, 128, -1)
-        for symmetric in (False, True)
+        for group, symmetric in ((32, False), (64, True), (128, False), (128, True), (-1, False))
     ),
     # Every bucket of M and its edges; M above the largest tile.
-    *(case(bits, "bfloat16", 64, False, m, 40, 256) for bits in (2, 3, 4) for m in (0, 1, 16, 17, 33, 64, 65, 130)),
+    *(case(bits, "bfloat16", 64, False, m, 40, 256) for bits in (2, 3, 4) for m in (0, 1, 16, 33, 65, 130)),
     # K that no slab divides (padded), several tiles of N, K split over programs of their own.
     *(case(bits, "float16", 32, False, 3, 136, k) for bits in (2, 3, 4) for k in (96, 288)),
     *(case(bits, "bfloat16", -1, True, 2, 16, 288) for bits in (2, 3, 4)),

@@ -19,18 +19,23 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vlmq_serve.kernels.planes import PLANES, slab_length
-from vlmq_serve.kernels.tiles import TILES, Tile
+from vlmq_serve.kernels.tiles import SHARED_MEMORY, SHARED_MEMORY_ELSEWHERE, Tile, tiles
 from vlmq_serve.kernels.triton_gemm import constants, gemm_kernel
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z][A-Z0-9]*)((?:\.[A-Za-z0-9_]+)*)\s*([^;]*);")
+_INSTRUCTION = re.compile(
+    r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z][A-Z0-9]*)((?:\.[A-Za-z0-9_]+)*)\s*([^;]*);"
+)
 _CONVERSIONS = frozenset({"I2F", "I2FP", "F2F", "F2I"})
 _MATRIX = frozenset({"HGMMA", "HMMA"})
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One compiled kernel: the case it serves, its tile and the architecture."""
+    """One compiled kernel: the case it serves, its tile and the architecture.
+
+    `tails` is the general form: N and K that no tile divides, and partial sums of a split K.
+    """
 
     bits: int
     dtype: str
@@ -38,12 +43,13 @@ class Variant:
     zeros: bool
     tile: Tile
     arch: int
+    tails: bool = False
 
     @property
     def name(self) -> str:
         """Key of the static table."""
         kind = f"g{self.group_size}{'' if self.zeros else 's'}"
-        return f"sm_{self.arch} w{self.bits}{kind} {self.dtype} m{self.tile.rows_m}"
+        return f"sm_{self.arch} w{self.bits}{kind} {self.dtype} m{self.tile.rows_m}{' tails' if self.tails else ''}"
 
 
 @dataclass(frozen=True)
@@ -60,15 +66,34 @@ class Report:
     matrix: str
     weights_in_registers: bool
 
+    def fault(self, arch: int) -> str | None:
+        """Why this kernel must not ship: it spills, or does not fit the shared memory of the architecture."""
+        if self.stack_bytes or self.spill_instructions:
+            return f"spills {self.stack_bytes} bytes, {self.spill_instructions} instructions"
+        limit = SHARED_MEMORY.get(arch, SHARED_MEMORY_ELSEWHERE)
+        return f"needs {self.shared_bytes} of {limit} bytes of shared memory" if self.shared_bytes > limit else None
+
 
 def variants() -> Iterator[Variant]:
-    """Every case of the table: width, type, tile and architecture at group 128; other groups and symmetry at M 16."""
-    for arch in (80, 90):
-        for bits in (2, 3, 4):
-            for dtype in ("bf16", "fp16"):
-                yield from (Variant(bits, dtype, 128, True, tile, arch) for tile in TILES)
-            for group, zeros in ((32, True), (64, True), (-1, True), (128, False)):
-                yield Variant(bits, "bf16", group, zeros, TILES[0], arch)
+    """Every case of the table.
+
+    All widths, types and tiles on sm_80 and sm_90 at group 128; the general form of the widest tiles, which has
+    the most to keep in registers; the other groups and symmetry at small M on sm_90; and on sm_89, which differs
+    from sm_80 by its shared memory, the general form of its tiles.
+    """
+    for bits in (2, 3, 4):
+        for arch in (80, 90):
+            family = tiles(bits, arch)
+            yield from (Variant(bits, dtype, 128, True, t, arch) for dtype in ("bf16", "fp16") for t in family)
+            yield from (Variant(bits, "bf16", 128, True, t, arch, tails=True) for t in family[2:])
+        yield from (Variant(bits, "bf16", 128, True, t, 89, tails=True) for t in tiles(bits, 89))
+        for group, zeros in ((32, True), (64, True), (-1, True), (128, False)):
+            yield Variant(bits, "bf16", group, zeros, tiles(bits, 90)[0], 90)
+
+
+def kernel_version() -> str:
+    """Changes with the source of the kernel, and with it every row of the table may."""
+    return str(gemm_kernel.cache_key)[:12]
 
 
 def compile_variant(variant: Variant) -> Report:
@@ -78,7 +103,7 @@ def compile_variant(variant: Variant) -> Report:
     group = cols if variant.group_size == -1 else variant.group_size
     slab = slab_length(cols, group, bits)
     fixed = constants(bits, slab // PLANES[bits], group, cols, variant.zeros, variant.dtype == "bf16", tile)
-    fixed |= {"SPLIT": 1, "EVEN_N": True, "EVEN_K": True}
+    fixed |= {"SPLIT": 4 if variant.tails else 1, "EVEN_N": not variant.tails, "EVEN_K": not variant.tails}
     compiled = _compile(fixed, variant)
     usage, code = _disassemble(compiled.asm["cubin"])
     loop = _main_loop(code)
@@ -102,10 +127,13 @@ def compile_variant(variant: Variant) -> Report:
 def _compile(fixed: dict[str, Any], variant: Variant) -> Any:
     kind = f"*{variant.dtype}"
     types = {"x_ptr": kind, "w_ptr": "*i16", "s_ptr": kind, "z_ptr": kind, "y_ptr": kind}
+    if variant.tails:
+        types["y_ptr"] = "*fp32"
     names = gemm_kernel.arg_names
     signature = {n: "constexpr" if n in fixed else types.get(n, "i32") for n in names}
+    sizes = ("K",) if variant.tails else ("N", "K")
     # What the launcher finds out about the arguments of a large layer: pointers and sizes divide by 16.
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in types or n in ("N", "K")}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in types or n in sizes}
     source = ASTSource(fn=gemm_kernel, signature=signature, constexprs=fixed, attrs=aligned)
     options = {"num_warps": variant.tile.warps, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", variant.arch, 32), options=options)

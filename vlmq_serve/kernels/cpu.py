@@ -31,7 +31,7 @@ def prepare_int4(weight: PackedWeight, block: int) -> tuple[Tensor, Tensor, Tens
         scales, zeros = (t.repeat_interleave(group // _divisor(cols), dim=0) for t in (scales, zeros))
     offset = (NIBBLE_MID - zeros.to(torch.float32)) * scales.to(torch.float32)
     pair = torch.stack((scales.to(torch.float32), offset), dim=-1).to(torch.bfloat16)
-    return pack_nibbles(codes, block), pair.contiguous(), torch.empty(0, dtype=torch.uint8)
+    return pack_nibbles(codes, block), pair.contiguous(), torch.empty(0, dtype=torch.uint8, device=codes.device)
 
 
 def prepare_dequant(weight: PackedWeight, block: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,7 +52,7 @@ def _recentred(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
     codes = torch.nn.functional.pad(weight.codes() + shift, (0, 0, 0, pad), value=NIBBLE_MID)
     scales = torch.nn.functional.pad(weight.scales.t(), (0, pad))
     if weight.zeros is None:
-        zeros = torch.full(scales.shape, NIBBLE_MID, dtype=torch.uint8)
+        zeros = torch.full(scales.shape, NIBBLE_MID, dtype=torch.uint8, device=scales.device)
     else:
         zeros = torch.nn.functional.pad(weight.zeros.t() + shift, (0, pad), value=NIBBLE_MID)
     return codes, scales, zeros
@@ -79,8 +79,8 @@ def gemm_dequant(x: Tensor, qdata: Tensor, scales: Tensor, zeros: Tensor, out_fe
     wide = x.to(compute)
     scratch_bytes = min(BLOCK_BYTES_MAX, BLOCK_BYTES_PER_THREAD * torch.get_num_threads())
     step = max(1, scratch_bytes // (cols * half * 8))
-    scratch = torch.empty((min(step, blocks), cols, 2 * half), dtype=torch.float32)
-    out = torch.empty((x.shape[0], blocks * half * 2), dtype=x.dtype)
+    scratch = torch.empty((min(step, blocks), cols, 2 * half), dtype=torch.float32, device=x.device)
+    out = torch.empty((x.shape[0], blocks * half * 2), dtype=x.dtype, device=x.device)
     for start in range(0, blocks, step):
         stop = min(start + step, blocks)
         tile = scratch[: stop - start]

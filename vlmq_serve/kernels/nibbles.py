@@ -39,7 +39,9 @@ def int4_kernel_block() -> int | None:
     if pack is None or not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
         return None
     rows, cols = 2 * ROW_PAD, 32
-    codes = torch.randint(0, 16, (rows, cols), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    codes = torch.randint(
+        0, 16, (rows, cols), dtype=torch.int32, device="cpu", generator=torch.Generator("cpu").manual_seed(0)
+    )
     try:
         theirs = pack(codes, 1).reshape(-1)
     except (RuntimeError, NotImplementedError):

@@ -6,8 +6,15 @@ from functools import lru_cache
 import torch
 
 MAX_SPLIT = 8
-DEFAULT_PROCESSORS = 108
-"""Multiprocessors assumed where no device can be asked (A100)."""
+MIN_ARCH = 80
+ASSUMED_ARCH = 80
+ASSUMED_PROCESSORS = 108
+"""Where no device can be asked (the interpreter): an A100."""
+
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}
+SHARED_MEMORY_ELSEWHERE = 99 << 10
+"""Bytes that one block can have, by architecture (CUDA programming guide, compute capabilities); 99 KiB is the
+figure of 8.6, 8.9 and 12.0, and what any other architecture is trusted with."""
 
 
 @dataclass(frozen=True)
@@ -20,12 +27,25 @@ class Tile:
     stages: int
 
 
-TILES = (Tile(16, 128, 4, 3), Tile(32, 128, 4, 3), Tile(64, 128, 4, 2), Tile(128, 128, 8, 2))
+def tiles(bits: int, arch: int) -> tuple[Tile, ...]:
+    """The family for one width on one architecture, by growing M.
+
+    Fewest warps and most stages that neither spill nor overrun shared memory in the static table: Hopper's
+    operands of the widest tile take one stage at 2 and 3 bits (slabs of 512), and other architectures, which
+    hold the weight fragments of all of x's columns in registers, want 8 warps from 64 rows on.
+    """
+    small = (Tile(16, 128, 4, 3), Tile(32, 128, 4, 3))
+    if arch == 90:
+        return (*small, Tile(64, 128, 4, 2), Tile(128, 128, 8, 2 if bits == 4 else 1))
+    if arch == 80:
+        return (*small, Tile(64, 128, 8, 2), Tile(128, 128, 8, 2))
+    return (Tile(16, 128, 4, 3), Tile(32, 128, 4, 2), Tile(64, 128, 8, 2))
 
 
-def choose_tile(rows: int) -> Tile:
-    """The smallest tile that holds `rows` rows of x, else the largest."""
-    return next((t for t in TILES if rows <= t.rows_m), TILES[-1])
+def choose_tile(rows: int, bits: int, device: torch.device) -> Tile:
+    """The smallest tile of the device's family that holds `rows` rows of x, else the largest."""
+    family = tiles(bits, device_arch(device))
+    return next((t for t in family if rows <= t.rows_m), family[-1])
 
 
 def num_splits(programs: int, slabs: int, device: torch.device) -> int:
@@ -38,7 +58,16 @@ def num_splits(programs: int, slabs: int, device: torch.device) -> int:
 
 
 @lru_cache(maxsize=16)
+def device_arch(device: torch.device) -> int:
+    """Compute capability times ten, for example 90."""
+    if device.type != "cuda":
+        return ASSUMED_ARCH
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@lru_cache(maxsize=16)
 def _processors(device: torch.device) -> int:
     if device.type != "cuda":
-        return DEFAULT_PROCESSORS
+        return ASSUMED_PROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

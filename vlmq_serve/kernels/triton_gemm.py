@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.kernels.planes import PLANES
 from vlmq_serve.kernels.tiles import Tile, choose_tile, num_splits
 
@@ -119,7 +120,7 @@ def gemm_kernel(
 ):  # fmt: skip
     """G is the group size, 0 for the whole row. y is [M, N], or fp32 [SPLIT, M, N] partial sums."""
     KB: tl.constexpr = PLANES_ * KW
-    GROUPS: tl.constexpr = KB // G if 0 < G and G < KB else 1  # groups per slab
+    GROUPS: tl.constexpr = KB // G if G > 0 and G < KB else 1  # groups per slab
     PER_GROUP: tl.constexpr = PLANES_ // GROUPS
     BASE: tl.constexpr = 128.0 if BF16 else 1024.0
     DTYPE: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
@@ -198,10 +199,12 @@ def gemm(
     x: Tensor, qdata: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int, out_features: int
 ) -> Tensor:
     """x [M, K] fp16 or bf16, in the dtype of the scales, to [M, N]."""
+    if x.dtype != scales.dtype:
+        raise VLMQError(f"activations: got {x.dtype}, the weight was prepared for {scales.dtype}; prepare it again")
     x = x.contiguous()
     rows, cols = x.shape
     slabs, _, _, width = qdata.shape
-    tile = choose_tile(rows)
+    tile = choose_tile(rows, bits, x.device)
     grid_n, grid_m = triton.cdiv(out_features, tile.rows_n), triton.cdiv(rows, tile.rows_m)
     split = num_splits(grid_n * grid_m, slabs, x.device)
     y = torch.empty((rows, out_features), dtype=x.dtype, device=x.device)
