@@ -32,6 +32,7 @@ LETTERS = tuple(sorted({letter.upper() for word in WORDS for letter in word}))
 CONTENT = ("empty", *SHAPES, *LETTERS, *"0123456789", "bar")
 # One softmax each: what is under the token, its colour, the height of its bar, the token's own row and column.
 LABEL_SIZES = (len(CONTENT), len(COLOURS) + 1, MAX_BAR + 1, TOKENS_PER_SIDE, TOKENS_PER_SIDE)
+WHOLE_SHAPES = 1 + len(COLOURS) * len(SHAPES)
 
 
 def draw(scene: Scene) -> Image.Image:
@@ -84,6 +85,20 @@ def token_labels(scene: Scene) -> np.ndarray:
         box[..., 0], box[..., 1] = CONTENT.index("bar"), 1 + COLOURS.index(bar.colour)
         box[..., 2] = bar.height
     return labels.reshape(-1, len(LABEL_SIZES))
+
+
+def whole_shape_labels(scene: Scene) -> np.ndarray:
+    """Colour and kind together, at the one token under each shape's centre: int64 [64], 0 elsewhere.
+
+    One mark per shape, however many tokens it touches, is what counting needs; the pair is what "is there a red ring"
+    needs.
+    """
+    labels = np.zeros((TOKENS_PER_SIDE, TOKENS_PER_SIDE), dtype=np.int64)
+    for shape in scene.shapes:
+        left, top = shape.cell[1] * CELL + shape.offset[0], shape.cell[0] * CELL + shape.offset[1]
+        centre = (top + shape.size // 2) // TOKEN, (left + shape.size // 2) // TOKEN
+        labels[centre] = 1 + COLOURS.index(shape.colour) * len(SHAPES) + SHAPES.index(shape.kind)
+    return labels.reshape(-1)
 
 
 def _covered(start: int, stop: int) -> slice:

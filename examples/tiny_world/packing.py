@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from examples.tiny_world.draw import pixels, token_labels
+from examples.tiny_world.draw import pixels, token_labels, whole_shape_labels
 from examples.tiny_world.questions import KINDS, Question, ask
 from examples.tiny_world.scenes import Scene, scene_from_seed
 from examples.tiny_world.tokenizer import build_tokenizer
@@ -27,12 +27,14 @@ BEFORE_ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
 class Batch:
     """B posters with Q questions each.
 
-    images: uint8 [B, 112, 112, 3]; labels: int64 [B, 64, 5]; slots: int64 [B, Q, L]; places, targets: int64
-    [B, Q, 3], where in the slot a token is predicted and which; weights: fp32 [B, Q, 3], 0 for unused places.
+    images: uint8 [B, 112, 112, 3]; labels: int64 [B, 64, 5]; shapes: int64 [B, 64]; slots: int64 [B, Q, L];
+    places, targets: int64 [B, Q, 3], where in the slot a token is predicted and which; weights: fp32 [B, Q, 3],
+    0 for unused places.
     """
 
     images: Tensor
     labels: Tensor
+    shapes: Tensor
     slots: Tensor
     places: Tensor
     targets: Tensor
@@ -81,4 +83,5 @@ def make_batch(first: int, size: int, kinds: tuple[str, ...] = SLOT_KINDS) -> Ba
             weights[i, j, :count] = 1.0
     images = torch.from_numpy(np.stack([pixels(scene) for scene in scenes]))
     labels = torch.from_numpy(np.stack([token_labels(scene) for scene in scenes]))
-    return Batch(images, labels, slots, places, targets, weights)
+    shapes = torch.from_numpy(np.stack([whole_shape_labels(scene) for scene in scenes]))
+    return Batch(images, labels, shapes, slots, places, targets, weights)

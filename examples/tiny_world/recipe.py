@@ -15,7 +15,7 @@ class Recipe:
     """Stage 1 trains the vision tower to name what is under each token, stage 2 everything on the questions.
 
     The learning rate rises over `warmup` steps at the start of each stage; in the last `decay` share of stage 2
-    it falls linearly to zero.
+    it falls linearly to zero. From step `shape_head_from` on, a second head names whole shapes at one token each.
     """
 
     seed: int = 0
@@ -28,6 +28,7 @@ class Recipe:
     warmup: int = 40
     decay: float = 0.35
     label_weight: float = 0.3
+    shape_head_from: int = 1600
     ema: float = 0.995
 
     @property
@@ -56,11 +57,12 @@ class Recipe:
         return first + seen, self.joint_batch
 
 
-def build_optimizer(model: nn.Module, head: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, head: nn.Module, shape_head: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW; weight decay for matrices only."""
     parameters = [*model.parameters(), *head.parameters()]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": list(shape_head.parameters()), "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.97), foreach=True)

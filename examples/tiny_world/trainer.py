@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Qwen2VLForConditionalGeneration
 
-from examples.tiny_world.draw import LABEL_SIZES
+from examples.tiny_world.draw import LABEL_SIZES, WHOLE_SHAPES
 from examples.tiny_world.forward import packed_logits, to_patches, vision_tokens
 from examples.tiny_world.model import build_model
 from examples.tiny_world.packing import Batch, make_batch, prefix_tokens
@@ -44,6 +44,7 @@ class Trainer:
     recipe: Recipe
     model: Qwen2VLForConditionalGeneration
     head: nn.Linear
+    shape_head: nn.Linear
     average: dict[str, Tensor]
     optimizer: torch.optim.AdamW
     see: Callable[[Tensor], Tensor]
@@ -56,7 +57,8 @@ class Trainer:
         model = build_model(recipe.seed)
         with torch.random.fork_rng():
             torch.manual_seed(recipe.seed)
-            head = nn.Linear(model.config.text_config.hidden_size, sum(LABEL_SIZES))
+            width = model.config.text_config.hidden_size
+            head, shape_head = nn.Linear(width, sum(LABEL_SIZES)), nn.Linear(width, WHOLE_SHAPES)
 
         def see(images: Tensor) -> Tensor:
             return vision_tokens(model.model.visual, to_patches(images))
@@ -67,7 +69,8 @@ class Trainer:
         if compiled:
             see, joint_loss = torch.compile(see), torch.compile(joint_loss)
         average = {name: value.clone() for name, value in model.state_dict().items()}
-        return cls(recipe, model, head, average, build_optimizer(model, head, recipe), see, joint_loss)
+        optimizer = build_optimizer(model, head, shape_head, recipe)
+        return cls(recipe, model, head, shape_head, average, optimizer, see, joint_loss)
 
     def train_step(self, batch: Batch) -> dict[str, float]:
         """One update on a batch; returns the losses in nats."""
@@ -81,6 +84,9 @@ class Trainer:
             answers, labels = self.loss(vision, prefix_tokens(), batch)
             losses = {"answers": answers, "labels": labels}
             total = answers + self.recipe.label_weight * labels
+            if self.step >= self.recipe.shape_head_from:
+                shapes = F.cross_entropy(self.shape_head(vision).flatten(0, 1), batch.shapes.flatten())
+                losses, total = {**losses, "shapes": shapes}, total + self.recipe.label_weight * shapes
         total.backward()
         nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], 1.0)
         self.optimizer.step()
@@ -102,6 +108,7 @@ class Trainer:
             "step": self.step,
             "model": self.model.state_dict(),
             "head": self.head.state_dict(),
+            "shape_head": self.shape_head.state_dict(),
             "average": self.average,
             "optimizer": self.optimizer.state_dict(),
         }
@@ -123,6 +130,7 @@ class Trainer:
         self.step = state["step"]
         self.model.load_state_dict(state["model"])
         self.head.load_state_dict(state["head"])
+        self.shape_head.load_state_dict(state["shape_head"])
         self.average = state["average"]
         self.optimizer.load_state_dict(state["optimizer"])
 
