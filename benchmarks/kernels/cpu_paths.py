@@ -42,7 +42,8 @@ def main() -> None:
     results = list(track(measured, "measuring", total=cells, console=console))
     show(results, console)
     if arguments.output:
-        device = {"cpu": cpu_name(), "threads": arguments.threads, "torch": torch.__version__}
+        clock = "process" if arguments.threads == 1 else "wall"
+        device = {"cpu": cpu_name(), "threads": arguments.threads, "clock": clock, "torch": torch.__version__}
         with arguments.output.open("w", newline="") as file:
             writer = csv.DictWriter(file, [*device, *asdict(results[0])])
             writer.writeheader()

@@ -1,4 +1,8 @@
-"""Times of the CPU paths beside torch's own bf16 and fp32 linear, taken alternately in one run."""
+"""Times of the CPU paths beside torch's own bf16 and fp32 linear, taken alternately in one run.
+
+With one thread the clock is the processor time of this process, which neighbours on the machine disturb least;
+with more it is the wall.
+"""
 
 import statistics
 import time
@@ -106,13 +110,14 @@ def _candidates(
 
 def alternate(calls: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]], seconds: float) -> dict[str, float]:
     """Median seconds per call, every round calling each once, so that a busy moment hits all alike."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call, x in calls.values():
         call(x)
-    end = time.perf_counter() + seconds * len(calls)
-    while len(next(iter(times.values()))) < 3 or time.perf_counter() < end:
+    end = clock() + seconds * len(calls)
+    while len(next(iter(times.values()))) < 3 or clock() < end:
         for name, (call, x) in calls.items():
-            begin = time.perf_counter()
+            begin = clock()
             call(x)
-            times[name].append(time.perf_counter() - begin)
+            times[name].append(clock() - begin)
     return {name: statistics.median(values) for name, values in times.items()}
