@@ -20,7 +20,7 @@ class Recipe:
 
     seed: int = 0
     vision_steps: int = 400
-    joint_steps: int = 2800
+    joint_steps: int = 3000
     vision_batch: int = 48
     joint_batch: int = 16
     lr: float = 1.5e-3

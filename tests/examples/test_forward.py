@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from examples.tiny_world.channels import spread_channels
 from examples.tiny_world.draw import draw
 from examples.tiny_world.forward import PREFIX, packed_layout, packed_logits, to_patches, vision_tokens
 from examples.tiny_world.model import CHAT_TEMPLATE, build_image_processor, build_model
@@ -93,6 +94,18 @@ def test_a_question_does_not_see_another(model, batch) -> None:
     others = [j for j in range(batch.slots.shape[1]) if j != 4]
     assert torch.equal(before[:, others], after[:, others])
     assert not torch.allclose(before[:, 4], after[:, 4])
+
+
+@torch.no_grad()
+def test_spreading_channels_changes_weights_but_no_logit(batch) -> None:
+    model = build_model(2).eval()
+    vision = vision_tokens(model.model.visual, to_patches(batch.images))
+    before = packed_logits(model, vision, prefix_tokens(), batch.slots, batch.places)
+    spread_channels(model, 1.0)
+    gains = model.model.language_model.layers[0].input_layernorm.weight
+    assert gains.max() / gains.min() >= 16
+    after = packed_logits(model, vision, prefix_tokens(), batch.slots, batch.places)
+    assert torch.equal(before, after)
 
 
 def test_layout_lets_every_token_see_itself_and_the_image() -> None:
