@@ -30,16 +30,19 @@ class Tile:
 def tiles(bits: int, arch: int) -> tuple[Tile, ...]:
     """The family for one width on one architecture, by growing M.
 
-    Fewest warps and most stages that neither spill nor overrun shared memory in the static table: Hopper's
-    operands of the widest tile take one stage at 2 and 3 bits (slabs of 512), and other architectures, which
-    hold the weight fragments of all of x's columns in registers, want 8 warps from 64 rows on.
+    Fewest warps and most stages that neither spill nor overrun shared memory in the static table, tails of N and K
+    included. Hopper's operands of the widest tile take one stage at 2 and 3 bits (slabs of 512). Elsewhere the
+    fragments of weights and sums share the registers: more warps from 64 rows on, at 2 and 3 bits from 32, and no tile
+    of 128 rows at 3 bits, whose three words per row are too many then.
     """
-    small = (Tile(16, 128, 4, 3), Tile(32, 128, 4, 3))
     if arch == 90:
-        return (*small, Tile(64, 128, 4, 2), Tile(128, 128, 8, 2 if bits == 4 else 1))
+        few = (Tile(16, 128, 4, 3), Tile(32, 128, 4, 3))
+        return (*few, Tile(64, 128, 4, 2), Tile(128, 128, 8, 2 if bits == 4 else 1))
+    warps = 4 if bits == 4 else 8
     if arch == 80:
-        return (*small, Tile(64, 128, 8, 2), Tile(128, 128, 8, 2))
-    return (Tile(16, 128, 4, 3), Tile(32, 128, 4, 2), Tile(64, 128, 8, 2))
+        many = (Tile(64, 128, 8, 2), Tile(128, 128, 8, 2))
+        return (Tile(16, 128, 4, 3), Tile(32, 128, warps, 3), *many[: 1 if bits == 3 else 2])
+    return (Tile(16, 128, 4, 3), Tile(32, 128, warps, 2), Tile(64, 128, 8, 2))
 
 
 def choose_tile(rows: int, bits: int, device: torch.device) -> Tile:
