@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from examples.tiny_world.draw import CELL, CONTENT, SIDE, draw, pixels, token_labels
+from examples.tiny_world.draw import CELL, CONTENT, SIDE, draw, pixels, token_labels, whole_shape_labels
 from examples.tiny_world.questions import KINDS, Question, ask, every_sentence
 from examples.tiny_world.recipe import Recipe
 from examples.tiny_world.scenes import COLOURS, GRID, SHAPES, SPLITS, Scene, scene_from_seed
@@ -132,6 +132,13 @@ def test_token_labels_name_what_is_there() -> None:
         assert [name for name, _ in itertools.groupby(letters)] == [
             name for name, _ in itertools.groupby(scene.word.upper())
         ]
+
+
+def test_every_shape_is_marked_once() -> None:
+    for scene in SCENES:
+        marks = whole_shape_labels(scene)
+        pairs = sorted((COLOURS[(m - 1) // len(SHAPES)], SHAPES[(m - 1) % len(SHAPES)]) for m in marks[marks > 0])
+        assert pairs == sorted((shape.colour, shape.kind) for shape in scene.shapes)
 
 
 @pytest.mark.parametrize("seed", [3, 4])

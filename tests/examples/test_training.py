@@ -12,7 +12,7 @@ from examples.tiny_world.packing import make_batch
 from examples.tiny_world.recipe import Recipe
 from examples.tiny_world.trainer import Trainer
 
-RECIPE = Recipe(vision_steps=2, joint_steps=4, vision_batch=3, joint_batch=2, warmup=2)
+RECIPE = Recipe(vision_steps=2, joint_steps=4, vision_batch=3, joint_batch=2, warmup=2, shape_head_from=3)
 
 
 def train(trainer: Trainer, steps: int) -> Trainer:
