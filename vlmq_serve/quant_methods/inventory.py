@@ -34,7 +34,7 @@ def read_inventory(folder: Path, spec: QuantizationSpec) -> Inventory | None:
         others = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise VLMQError(
             f"{folder}: checkpoint damaged: {problems[0]}{others}; "
-            f"`vlmq verify` lists everything, copy the checkpoint again or calibrate again"
+            f"`vlmq inspect` lists everything, copy the checkpoint again or calibrate again"
         )
     return Inventory(frozenset(quantized_modules(tensors)), _scales_dtype(folder, tensors))
 

@@ -51,7 +51,7 @@ def check_loaded(prefix: str, tensors: Mapping[str, Tensor], partitions: Sequenc
             if _is_unloaded(part):
                 raise VLMQError(
                     f"{member}.{suffix}: was not loaded (missing from the checkpoint, or not finite); "
-                    "`vlmq verify` lists what a checkpoint lacks, copy it again or calibrate again"
+                    "`vlmq inspect` lists what a checkpoint lacks, copy it again or calibrate again"
                 )
 
 
