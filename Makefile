@@ -18,7 +18,7 @@ setup:
 	@$(PYTHON) scripts/setup_env.py
 
 demo: setup
-	@$(VENV)/python examples/demo/run.py
+	@$(VENV)/python -m examples.demo.run
 
 test: lint
 	@timeout --signal=INT --kill-after=60 $(TEST_SECONDS) $(VENV)/python -m pytest

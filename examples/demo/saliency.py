@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vlmq_serve.calibrate.capture import capture_first_inputs, run_layer
 from vlmq_serve.calibrate.chats import Chat
-from vlmq_serve.calibrate.families import QWEN2_VL
+from vlmq_serve.calibrate.families.qwen2_vl import ATTENTION, QWEN2_VL
 from vlmq_serve.calibrate.importance import attention_gradients
 from vlmq_serve.calibrate.saliency import saliency_map
 from vlmq_serve.calibrate.samples import VISION, build_sample
@@ -28,12 +28,12 @@ def image_saliency(full: Any, quantized: Any, processor: Any, chat: Chat) -> Ten
     total = torch.zeros(sample.length)
     for depth, (layer, rounded) in enumerate(layers):
         if depth:
-            taps = family.importance_taps
-            found = attention_gradients(layer, family.attention_block, taps, ours, theirs, batch.kwargs)
+            taps = ATTENTION.importance_taps
+            found = attention_gradients(layer, ATTENTION.forward, taps, ours, theirs, batch.kwargs)
             total += sum((g[0] / g.mean() for g in found.values()), torch.zeros(sample.length))
         with torch.no_grad():
             ours = run_layer(layer, ours, batch.kwargs)
             theirs = run_layer(rounded, theirs, batch.kwargs)
-    weights = total / (len(family.importance_taps) * (len(layers) - 1))
+    weights = total / (len(ATTENTION.importance_taps) * (len(layers) - 1))
     grid = sample.inputs["image_grid_thw"][0]
     return saliency_map(weights[sample.modality == VISION], grid, family.merge_size(full.config))

@@ -77,13 +77,15 @@ def test_a_server_that_hangs_is_stopped_with_its_workers(tmp_path: Path, monkeyp
 
 def test_the_server_is_stopped_when_the_block_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pid_file = install(tmp_path, monkeypatch, HEALTHY)
-    with (
-        pytest.raises(RuntimeError, match="client broke"),
-        server.serve(tmp_path / "model", tmp_path / "log", timeout_s=30) as running,
-    ):
-        assert running.base_url.startswith("http://127.0.0.1:")
-        assert alive(int(pid_file.read_text()))
-        raise RuntimeError("client broke")
+
+    def fail_while_it_runs() -> None:
+        with server.serve(tmp_path / "model", tmp_path / "log", timeout_s=30) as running:
+            assert running.base_url.startswith("http://127.0.0.1:")
+            assert alive(int(pid_file.read_text()))
+            raise RuntimeError("client broke")
+
+    with pytest.raises(RuntimeError, match="client broke"):
+        fail_while_it_runs()
     assert wait_dead(int(pid_file.read_text()))
 
 
