@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmq_serve.calibrate.capture import capture_first_inputs, run_layer
+from vlmq_serve.calibrate.capture import capture_first_inputs
 from vlmq_serve.calibrate.chats import Chat
 from vlmq_serve.calibrate.families.qwen2_vl import ATTENTION, QWEN2_VL
 from vlmq_serve.calibrate.importance import attention_gradients
@@ -32,8 +32,9 @@ def image_saliency(full: Any, quantized: Any, processor: Any, chat: Chat) -> Ten
             found = attention_gradients(layer, ATTENTION.forward, taps, ours, theirs, batch.kwargs)
             total += sum((g[0] / g.mean() for g in found.values()), torch.zeros(sample.length))
         with torch.no_grad():
-            ours = run_layer(layer, ours, batch.kwargs)
-            theirs = run_layer(rounded, theirs, batch.kwargs)
+            for block in family.blocks:
+                ours = block.forward(layer, ours, batch.kwargs)
+                theirs = block.forward(rounded, theirs, batch.kwargs)
     weights = total / (len(ATTENTION.importance_taps) * (len(layers) - 1))
     grid = sample.inputs["image_grid_thw"][0]
     return saliency_map(weights[sample.modality == VISION], grid, family.merge_size(full.config))

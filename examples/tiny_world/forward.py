@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import Qwen2VLForConditionalGeneration
 
@@ -86,7 +87,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
 
 
-def vision_tokens(visual: nn.Module, patches: Tensor) -> Tensor:
+def vision_tokens(visual: Any, patches: Tensor) -> Tensor:
     """Vision tower and merger over equal-size images: fp32 [B, 256, 147] -> [B, 64, hidden].
 
     A still image repeats each patch over time, so its convolution equals one with the kernel
@@ -105,11 +106,11 @@ def vision_tokens(visual: nn.Module, patches: Tensor) -> Tensor:
     return visual.merger(x).view(batch, count // MERGE**2, -1)
 
 
-def _rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
+def _rms_norm(norm: Any, x: Tensor) -> Tensor:
     return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
-def decode(decoder: nn.Module, x: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+def decode(decoder: Any, x: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
     """The text model on embeddings [B, S, hidden]; positions [3, S] and bool mask [S, S] hold for all samples."""
     batch, size, width = x.shape
     cos, sin = decoder.rotary_emb(x, positions[:, None])

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -66,7 +66,7 @@ def run(trainer: Trainer, folder: Path, until: int, every: int, console: Console
             if trainer.step % every == 0 or trainer.step == until:
                 trainer.save(folder / CHECKPOINT)
                 seconds = (time.monotonic() - clock) / (trainer.step - start)
-                record = {"step": trainer.step, "seconds_per_step": round(seconds, 3), **losses}
+                record: dict[str, Any] = {"step": trainer.step, "seconds_per_step": round(seconds, 3), **losses}
                 if trainer.step > trainer.recipe.vision_steps:
                     record["accuracy"] = validate(averaged_model(trainer.average))
                 with (folder / "log.jsonl").open("a") as log:
