@@ -140,9 +140,20 @@ def test_bad_recipe_leaves_nothing(tiny_model, data_file, tmp_path, settings, me
     assert list(tmp_path.iterdir()) == []
 
 
-def test_existing_output_is_kept_unless_overwritten(tiny_model, data_file, tmp_path):
+def test_a_folder_that_is_no_checkpoint_is_never_touched(tiny_model, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
+    (out / "mine.txt").write_text("x")
+    with pytest.raises(VLMQError, match="exists already"):
+        calibrate(tiny_model, out, None, recipe(method="rtn"))
+    with pytest.raises(VLMQError, match="not written by vlmq"):
+        calibrate(tiny_model, out, None, recipe(method="rtn"), overwrite=True)
+    assert (out / "mine.txt").exists()
+
+
+def test_an_earlier_checkpoint_is_replaced_on_request(tiny_model, tmp_path):
+    out = tmp_path / "out"
+    calibrate(tiny_model, out, None, recipe(method="rtn"))
     (out / "mine.txt").write_text("x")
     with pytest.raises(VLMQError, match="exists already"):
         calibrate(tiny_model, out, None, recipe(method="rtn"))

@@ -133,6 +133,6 @@ def test_an_unsupported_model(tmp_path: Path) -> None:
 def test_an_existing_output_is_never_touched(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("kept")
-    error = one_error(vlmq("calibrate", MODEL, "-o", tmp_path / "out", "--method", "rtn"))
+    error = one_error(vlmq("calibrate", MODEL, "-o", tmp_path / "out", "--method", "rtn", "--group-size", 64))
     assert "exists already" in error
     assert (tmp_path / "out" / "precious").read_text() == "kept"

@@ -13,7 +13,7 @@ from vlmq_serve.calibrate.loading import choose_device, choose_dtype, hash_weigh
 from vlmq_serve.calibrate.plan import Plan, make_plan
 from vlmq_serve.calibrate.progress import Progress, SilentProgress
 from vlmq_serve.calibrate.recipe import Recipe
-from vlmq_serve.calibrate.report import LayerResult, RunReport
+from vlmq_serve.calibrate.report import REPORT_FOLDER, RUN_FILE, LayerResult, RunReport
 from vlmq_serve.calibrate.rounding import round_layers
 from vlmq_serve.calibrate.run import Run
 from vlmq_serve.calibrate.streams import Streams, capture_streams
@@ -59,7 +59,9 @@ def calibrate(
 def _check_output(out: Path, plan: Plan, overwrite: bool) -> None:
     """Before hours of work: `out` must be free, outside of the source, and on a disk with room."""
     if out.exists() and not overwrite:
-        raise VLMQError(f"{out}: exists already; choose another output folder, or overwrite it")
+        raise VLMQError(f"{out}: exists already; choose another output folder, or overwrite it (--overwrite)")
+    if out.exists() and not (out / REPORT_FOLDER / RUN_FILE).is_file():
+        raise VLMQError(f"{out}: was not written by vlmq calibrate and is not overwritten; choose another folder")
     source, target = plan.source.resolve(), out.resolve()
     if target == source or source in target.parents:
         raise VLMQError(f"{out}: lies in the source model's folder; choose a folder outside of {plan.source}")

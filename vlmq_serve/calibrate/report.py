@@ -14,7 +14,7 @@ import torch
 from vlmq_serve.calibrate.metrics import ALL
 from vlmq_serve.calibrate.samples import MODALITIES
 
-REPORT_FOLDER = "vlmq"
+REPORT_FOLDER, RUN_FILE = "vlmq", "run.json"
 LAYER_ROW = "layer"
 Errors = Mapping[str, float | None]
 _COLUMNS = (
@@ -108,7 +108,7 @@ def write_report(folder: Path, report: RunReport) -> None:
         writer.writeheader()
         for layer in report.layers:
             writer.writerows({key: _cell(value) for key, value in row.items()} for row in layer.rows())
-    write_json(folder / "run.json", report.to_dict())
+    write_json(folder / RUN_FILE, report.to_dict())
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @one_line_errors
 def calibrate(
     model: Annotated[str, typer.Argument(help="Model folder, or the name of a model on the Hugging Face hub.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     data: Annotated[Path | None, typer.Option(help="JSON lines: chats with images. Not needed by rtn.")] = None,
     method: Annotated[str | None, typer.Option(help="vlmq (default), gptaq, gptq or rtn.")] = None,
     bits: Annotated[int | None, typer.Option(help="2, 3, 4 (default) or 8.")] = None,
@@ -28,9 +28,13 @@ def calibrate(
     seed: Annotated[int | None, typer.Option(help="Seed of the draw (default 0).")] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML file with all settings; options win over it.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    save_saliency: Annotated[
+        int | None, typer.Option(help="Keep the token weights of the first N samples, for pictures.")
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run of the same settings.")
     ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier checkpoint in OUTPUT.")] = False,
 ) -> None:
     """Quantize the decoder of a vision-language model, layer by layer, weighing tokens by their saliency.
 
@@ -45,20 +49,18 @@ def calibrate(
     from vlmq_serve.calibrate.recipe import load_recipe, make_recipe
 
     given = {"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric}
-    settings: dict[str, Any] = {**given, "samples": samples, "seed": seed}
+    settings: dict[str, Any] = {**given, "samples": samples, "seed": seed, "save_saliency": save_saliency}
     settings = {key: value for key, value in settings.items() if value is not None}
     chosen = load_recipe(recipe, **settings) if recipe else make_recipe(**settings)
     if chosen.needs_data and data is None:
         raise VLMQError(f"--data: missing; method {chosen.method!r} needs chats with images (only rtn does without)")
-    if output.exists():
-        raise VLMQError(f"--output {output}: exists already; choose another folder or remove it first")
     out.print(_plan_table(make_plan(model, chosen), chosen, output, data))
     if dry_run:
         out.print("dry run: nothing was written")
         return
     hide_loading_bars()
     with RichProgress() as progress:
-        report = run(model, output, data, chosen, resume=resume, progress=progress)
+        report = run(model, output, data, chosen, resume=resume, overwrite=overwrite, progress=progress)
     _print_report(report)
 
 
@@ -86,6 +88,6 @@ def _print_report(report: "RunReport") -> None:
     for note in report.notes:
         out.print(f"note: {note}", highlight=False, soft_wrap=True)
     size = f"{human_bytes(report.bytes_before)} -> {human_bytes(report.bytes_after)}"
-    seconds = sum(report.seconds.values())
-    out.print(f"[green]done[/]: {report.out}, {size}, {seconds:.0f} s, peak memory {report.peak_memory_mib:.0f} MiB")
+    seconds, peak = report.details["total_seconds"], report.peak_memory_mib
+    out.print(f"[green]done[/]: {report.out}, {size}, {seconds:.0f} s, peak memory {peak:.0f} MiB")
     out.print(f"report: {report.out / 'vlmq'}; serve it: vllm serve {report.out}", highlight=False, soft_wrap=True)
