@@ -153,4 +153,5 @@ def _decode(data: bytes, source: str, chat: Chat) -> Image.Image:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         shown = source if len(source) <= 80 else source[:60] + "..."
         detail = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise VLMQError(f"{chat.where}: image {shown!r} is broken ({detail})") from None
+        fault = f"{chat.where}: image {shown!r} is broken ({detail})"
+        raise VLMQError(f"{fault}; replace the image, or remove the line") from None
