@@ -51,10 +51,12 @@ def main() -> None:
     options = _options()
     hide_loading_bars()
     chats = read_chats(options.evaluation)[: options.questions]
-    rows = [row for folder in options.checkpoints for dtype in options.dtypes for row in _measure(folder, dtype, chats)]
-    _write(options.output, rows)
-    for row in rows:
-        out.print(asdict(row))
+    for folder in options.checkpoints:
+        for dtype in options.dtypes:
+            rows = _measure(folder, dtype, chats)
+            _write(options.output, rows)
+            for row in rows:
+                out.print(asdict(row))
 
 
 def _options() -> argparse.Namespace:
@@ -131,8 +133,8 @@ def _compare(folder: Path, dtype: str, reference: str, served: list[Tokens], exp
         tokens=total,
         equal_tokens=round(equal / total, 4),
         equal_answers=round(sum(answers) / len(answers), 4),
-        median_logprob_difference=round(statistics.median(differences), 5),
-        max_logprob_difference=round(max(differences), 5),
+        median_logprob_difference=float(f"{statistics.median(differences):.2g}"),
+        max_logprob_difference=float(f"{max(differences):.2g}"),
     )
 
 
