@@ -152,7 +152,8 @@ def test_global_rescale_of_token_weights_changes_nothing():
 def test_weighted_hessian_lowers_the_weighted_error():
     """On held-out tokens of the same kinds: kind A weighs 20 times kind B and lives in another subspace."""
     generator = torch.Generator().manual_seed(0)
-    mixes = torch.randn(2, 64, 64, generator=generator, dtype=torch.float64) * (torch.rand(2, 1, 64) ** 3)
+    scales = torch.rand(2, 1, 64, generator=generator, dtype=torch.float64) ** 3
+    mixes = torch.randn(2, 64, 64, generator=generator, dtype=torch.float64) * scales
 
     def tokens(count: int) -> tuple[Tensor, Tensor]:
         kinds = torch.randn(2, count, 64, generator=generator, dtype=torch.float64) @ mixes
@@ -167,6 +168,7 @@ def test_weighted_hessian_lowers_the_weighted_error():
         solution = solve_gptq(weight, statistics_of(calibration, None, chosen), Scheme(2, 32), OPTIONS)
         error = ((dequantize(solution) - weight) @ held_out.T).square().sum(0)
         errors[name] = float((error * held_weights).sum()), float(error.sum())
+    # 0.80 to 0.93 over ten seeds.
     assert errors["weighted"][0] < 0.95 * errors["plain"][0]
     assert errors["weighted"][1] > errors["plain"][1]
 
