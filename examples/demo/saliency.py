@@ -8,7 +8,7 @@ from torch import Tensor
 from vlmq_serve.calibrate.capture import capture_first_inputs
 from vlmq_serve.calibrate.chats import Chat
 from vlmq_serve.calibrate.families.qwen2_vl import ATTENTION, QWEN2_VL
-from vlmq_serve.calibrate.importance import attention_gradients
+from vlmq_serve.calibrate.importance import local_gradients
 from vlmq_serve.calibrate.saliency import saliency_map
 from vlmq_serve.calibrate.samples import VISION, build_sample
 
@@ -29,7 +29,7 @@ def image_saliency(full: Any, quantized: Any, processor: Any, chat: Chat) -> Ten
     for depth, (layer, rounded) in enumerate(layers):
         if depth:
             taps = ATTENTION.importance_taps
-            found = attention_gradients(layer, ATTENTION.forward, taps, ours, theirs, batch.kwargs)
+            found = local_gradients(layer, ATTENTION.forward, taps, ours, theirs, batch.kwargs)
             total += sum((g[0] / g.mean() for g in found.values()), torch.zeros(sample.length))
         with torch.no_grad():
             for block in family.blocks:

@@ -1,6 +1,6 @@
 """What goes into and out of decoder layers: the first layer's real inputs, and taps at linears."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +46,11 @@ def group_by_length(samples: Iterable[CalibrationSample], max_tokens: int) -> It
     yield from waiting.values()
 
 
+def batch_inputs(samples: Sequence[CalibrationSample], device: torch.device) -> dict[str, Tensor]:
+    """Model inputs of equally long samples, one after the other along the first dimension."""
+    return {key: torch.cat([sample.inputs[key] for sample in samples]).to(device) for key in samples[0].inputs}
+
+
 def capture_first_inputs(
     model: nn.Module, first_layer: nn.Module, samples: list[CalibrationSample], device: torch.device
 ) -> tuple[Tensor, Batch]:
@@ -61,7 +66,7 @@ def capture_first_inputs(
         caught.append((hidden, kwargs))
         raise _StopForward
 
-    inputs = {key: torch.cat([s.inputs[key] for s in samples]).to(device) for key in samples[0].inputs}
+    inputs = batch_inputs(samples, device)
     handle = first_layer.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         with torch.no_grad():
@@ -105,6 +110,11 @@ def linear_input(
     finally:
         handle.remove()
     return caught[0]
+
+
+def require_grad(output: Tensor) -> Tensor:
+    """`change` of `output_taps` under autograd: the outputs of the first linears start the graph."""
+    return output if output.requires_grad else output.requires_grad_()
 
 
 @contextmanager

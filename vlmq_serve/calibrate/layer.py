@@ -12,9 +12,9 @@ from vlmq_serve.calibrate.block import BlockRun, advance_streams, quantize_block
 from vlmq_serve.calibrate.families.adapter import ModelAdapter
 from vlmq_serve.calibrate.importance import TokenImportance
 from vlmq_serve.calibrate.linear import write_weight
-from vlmq_serve.calibrate.plan import LinearPlan
-from vlmq_serve.calibrate.recipe import Recipe
+from vlmq_serve.calibrate.plan import LinearPlan, Plan
 from vlmq_serve.calibrate.report import Errors, LayerResult, LinearResult, peak_memory_mib
+from vlmq_serve.calibrate.sources import Gradients, measure_importance
 from vlmq_serve.calibrate.streams import Streams
 from vlmq_serve.format.weight import PackedWeight
 
@@ -30,22 +30,29 @@ class QuantizedLayer:
 
 @torch.no_grad()
 def quantize_layer(
-    layer: nn.Module, linears: Mapping[str, LinearPlan], adapter: ModelAdapter, recipe: Recipe, streams: Streams
+    layer: nn.Module,
+    linears: Mapping[str, LinearPlan],
+    plan: Plan,
+    streams: Streams,
+    answer_gradients: Gradients | None = None,
 ) -> QuantizedLayer:
-    """Quantize `layer` in place (dequantized weights) and move both streams behind it."""
+    """Quantize `layer` in place (dequantized weights) and move both streams behind it.
+
+    `answer_gradients` of this layer where the recipe's token weights come from the cross-entropy.
+    """
     started = perf_counter()
     layer.to(streams.device)
     full = copy.deepcopy(layer)
     packed: dict[str, PackedWeight] = {}
     results: list[LinearResult] = []
-    importance: dict[str, TokenImportance] = {}
     errors: Errors = {}
-    for block in adapter.blocks:
-        run = BlockRun(layer, full, block, linears, recipe, streams)
+    recipe = plan.recipe
+    importance = measure_importance(full, plan.adapter, recipe, plan.weighted, streams, answer_gradients)
+    for block in plan.adapter.blocks:
+        run = BlockRun(layer, full, block, linears, recipe, streams, importance)
         errors = quantize_block(run)
         packed |= run.packed
         results += run.results.values()
-        importance |= run.importance
     layer.to("cpu")
     index = next(iter(linears.values())).layer
     seconds = round(perf_counter() - started, 3)

@@ -6,6 +6,7 @@ from time import perf_counter
 
 from torch import nn
 
+from vlmq_serve.calibrate.cross_entropy import AnswerGradients
 from vlmq_serve.calibrate.data import CalibrationData, SampleFeed, load_data
 from vlmq_serve.calibrate.finish import finish_run
 from vlmq_serve.calibrate.layer import quantize_layer, restore_layer
@@ -91,10 +92,16 @@ def _calibrate(run: Run, data: CalibrationData) -> list[LayerResult]:
     run.seconds["load"] = perf_counter() - started
     run.progress.stage("read images and questions", len(data.chats))
     started = perf_counter()
-    streams = capture_streams(model, adapter, feed, device, recipe.batch_tokens, run.progress)
+    layers = adapter.decoder_layers(model)
+    gradients = None
+    if recipe.needs_answer_gradients:
+        gradients = AnswerGradients(model, layers, adapter.linears, device)
+    watch = gradients.add if gradients else None
+    streams = capture_streams(model, adapter, feed, device, recipe.batch_tokens, run.progress, watch)
+    model.to("cpu")
     run.seconds["capture"] = perf_counter() - started
     _describe_data(run, data, feed, streams)
-    return _run_layers(run, adapter.decoder_layers(model), streams)
+    return _run_layers(run, layers, streams, gradients)
 
 
 def _describe_data(run: Run, data: CalibrationData, feed: SampleFeed, streams: Streams) -> None:
@@ -114,13 +121,15 @@ def _describe_data(run: Run, data: CalibrationData, feed: SampleFeed, streams: S
     }
     run.details["saliency"] = {
         "samples": feed.kept_lines(),
-        "taps": list(run.plan.adapter.importance_taps),
+        "taps": list(run.plan.weighted),
         "grids": feed.grids,
         "modality": feed.modality,
     }
 
 
-def _run_layers(run: Run, layers: nn.ModuleList, streams: Streams) -> list[LayerResult]:
+def _run_layers(
+    run: Run, layers: nn.ModuleList, streams: Streams, gradients: AnswerGradients | None
+) -> list[LayerResult]:
     run.work.prepare(run.resume)
     results = run.work.finished()
     if results:
@@ -131,7 +140,8 @@ def _run_layers(run: Run, layers: nn.ModuleList, streams: Streams) -> list[Layer
         if index < len(results):
             restore_layer(layers[index], linears, run.plan.adapter, run.work.packed(), streams)
         else:
-            done = quantize_layer(layers[index], linears, run.plan.adapter, run.plan.recipe, streams)
+            found = gradients.layers[index] if gradients else None
+            done = quantize_layer(layers[index], linears, run.plan, streams, found)
             run.work.store(done.result, done.packed, done.saliency)
             results.append(done.result)
         layers[index] = nn.Identity()  # frees the layer: nothing reads it any more

@@ -10,6 +10,7 @@ from vlmq_serve.calibrate.families import find_adapter
 from vlmq_serve.calibrate.families.adapter import ModelAdapter
 from vlmq_serve.calibrate.loading import choose_device, choose_dtype, resolve_model
 from vlmq_serve.calibrate.recipe import Recipe
+from vlmq_serve.calibrate.sources import taps_of
 from vlmq_serve.format.config import QuantizationSpec
 from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.format.headers import TensorInfo, read_json, read_tensor_index
@@ -67,6 +68,17 @@ class Plan:
         return self.bytes_before - sum(linear.bytes_before - linear.bytes_after for linear in self.linears)
 
     @cached_property
+    def weighted(self) -> tuple[str, ...]:
+        """Local names of the linears whose tokens are weighted, in order."""
+        if self.recipe.method != "vlmq":
+            return ()
+        taps = taps_of(self.adapter, self.recipe.importance)
+        chosen = self.recipe.weighted
+        if chosen is None:
+            return tuple(name for name in taps if name in self.adapter.importance_taps)
+        return tuple(name for name in taps if any(is_under(name, entry) for entry in chosen))
+
+    @cached_property
     def by_layer(self) -> tuple[dict[str, LinearPlan], ...]:
         """Per layer, its linears by local name."""
         table: tuple[dict[str, LinearPlan], ...] = tuple({} for _ in range(self.layers))
@@ -105,6 +117,7 @@ def make_plan(model: str | Path, recipe: Recipe) -> Plan:
         for local in adapter.linears
     )
     _check_names(recipe, [linear.name for linear in linears], tensors)
+    _check_weighted(recipe, adapter)
     spec.check_fused(linear.name for linear in linears)
     plan = Plan(source, adapter, recipe, linears, layers, prefix, sum(t.nbytes for t in tensors.values()))
     if not plan.quantized:
@@ -151,4 +164,13 @@ def _check_names(recipe: Recipe, linears: list[str], tensors: dict[str, TensorIn
         if entry != "lm_head" and not any(is_under(name, entry) for name in tensors):
             raise VLMQError(
                 f"ignore: {entry!r} fits no module; names look like {linears[0]!r}, 'visual' or 'down_proj'"
+            )
+
+
+def _check_weighted(recipe: Recipe, adapter: ModelAdapter) -> None:
+    taps = taps_of(adapter, recipe.importance)
+    for entry in recipe.weighted or ():
+        if not any(is_under(name, entry) for name in taps):
+            raise VLMQError(
+                f"weighted: {entry!r} has no gradient of the {recipe.importance} loss; it has some at {', '.join(taps)}"
             )

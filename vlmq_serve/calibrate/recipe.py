@@ -10,6 +10,7 @@ from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.format.scheme import Scheme
 
 Method = Literal["rtn", "gptq", "gptaq", "vlmq"]
+ImportanceSource = Literal["attention", "attention_heads", "layer", "cross_entropy"]
 
 
 class SchemeOverride(BaseModel):
@@ -51,6 +52,15 @@ class Recipe(BaseModel):
         "auto", description="solver under vlmq; auto: gptaq, but gptq at 2 bits, as the paper"
     )
     exponent: Literal[1, 2] = Field(1, description="token weight = importance^exponent; 1: H = X G X^T (VLMQ v1)")
+    importance: ImportanceSource = Field(
+        "attention",
+        description="loss whose gradients weigh tokens: of the attention block, at the input of o_proj, of the decoder "
+        "layer, or the answers' cross-entropy",
+    )
+    weighted: tuple[str, ...] | None = Field(
+        None, description="linears with token weights, such as [v_proj, o_proj]; default: those of the attention"
+    )
+    per_sample: bool = Field(False, description="token weights have mean 1 in every sample, not only over all")
     batch_tokens: int = Field(4096, ge=1, description="tokens of equally long samples that go through a layer at once")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
@@ -86,6 +96,11 @@ class Recipe(BaseModel):
     @property
     def needs_data(self) -> bool:
         return self.method != "rtn"
+
+    @property
+    def needs_answer_gradients(self) -> bool:
+        """Whether the cross-entropy runs through the whole model before the layers are quantized."""
+        return self.method == "vlmq" and self.importance == "cross_entropy"
 
     def uses_residual(self, bits: int) -> bool:
         """Whether a linear of this width is solved with the asymmetric residual term."""

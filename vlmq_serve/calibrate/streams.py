@@ -1,6 +1,6 @@
 """The two activation streams: hidden states of the full-precision path and of the quantized path."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -57,8 +57,12 @@ def capture_streams(
     device: torch.device,
     batch_tokens: int,
     progress: Progress,
+    watch: Callable[[list[CalibrationSample]], None] | None = None,
 ) -> Streams:
-    """Run embeddings and vision tower over the samples; both streams start equal."""
+    """Run embeddings and vision tower over the samples; both streams start equal.
+
+    `watch` sees every batch of samples in the order of the streams.
+    """
     streams = Streams(device)
     first_layer = adapter.decoder_layers(model)[0]
     parts = [model.get_submodule(path) for path in adapter.before_layers]
@@ -69,6 +73,8 @@ def capture_streams(
         streams.batches.append(batch)
         streams.full.append(hidden)
         streams.quantized.append(hidden)
+        if watch is not None:
+            watch(group)
         for sample in group:
             progress.advance(sample.where)
     for part in parts:

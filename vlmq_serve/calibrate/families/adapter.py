@@ -51,9 +51,20 @@ class ModelAdapter:
         return tuple(name for block in self.blocks for group in block.linear_groups for name in group)
 
     @property
+    def attention(self) -> ResidualBlock:
+        """The block whose tokens VLMQ weighs; its last group of linears makes its output."""
+        return next(block for block in self.blocks if block.importance_taps)
+
+    @property
     def importance_taps(self) -> tuple[str, ...]:
-        """All taps of a layer in order."""
-        return tuple(name for block in self.blocks for name in block.importance_taps)
+        """Linears whose output gradients weigh tokens in VLMQ, in order."""
+        return self.attention.importance_taps
+
+    def layer_forward(self, layer: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        """The whole decoder layer, [B, T, C] to [B, T, C]."""
+        for block in self.blocks:
+            hidden = block.forward(layer, hidden, kwargs)
+        return hidden
 
     def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
         layers = model.get_submodule(self.layers)
