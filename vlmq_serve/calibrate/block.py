@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from vlmq_serve.calibrate.capture import linear_input, output_taps
+from vlmq_serve.calibrate.equalize import ChannelSearch, equalize_block
 from vlmq_serve.calibrate.families.adapter import ResidualBlock
+from vlmq_serve.calibrate.folding import Folded
 from vlmq_serve.calibrate.hessian import Statistics, StatisticsAccumulator
 from vlmq_serve.calibrate.importance import TokenImportance
 from vlmq_serve.calibrate.linear import relative_error, solve, write_weight
@@ -32,12 +34,16 @@ class BlockRun:
     recipe: Recipe
     streams: Streams
     importance: Mapping[str, TokenImportance] = field(default_factory=dict)
+    search: ChannelSearch | None = None
+    folded: Folded = field(default_factory=Folded)
     packed: dict[str, PackedWeight] = field(default_factory=dict)
     results: dict[str, LinearResult] = field(default_factory=dict)
 
 
 def quantize_block(run: BlockRun) -> Errors:
     """Fill `packed` and `results` of `run`, move the streams behind the block; relative errors of its output."""
+    if run.search is not None:
+        run.folded = equalize_block(run.layer, run.full, run.block, run.linears, run.streams, run.search)
     for group in run.block.linear_groups:
         plans = [run.linears[name] for name in group if run.linears[name].scheme is not None]
         if plans:
@@ -66,11 +72,12 @@ def collect_statistics(run: BlockRun, plans: Sequence[LinearPlan]) -> dict[str, 
 
 def _solve_group(run: BlockRun, plans: Sequence[LinearPlan]) -> None:
     """Solve the linears of one group, write their weights back, and note the results."""
-    statistics = collect_statistics(run, plans) if run.recipe.needs_data else {}
+    needed = any(plan.scheme is not None and run.recipe.needs_statistics(plan.scheme.bits) for plan in plans)
+    statistics = collect_statistics(run, plans) if needed else {}
     factors: dict[int, InverseFactor] = {}
     for plan in plans:
         started = perf_counter()
-        weight = run.full.get_parameter(f"{plan.local}.weight").detach().float()
+        weight = run.folded.weight(run.full, plan.local)
         solution = solve(plan, weight, run.recipe, statistics.get(plan.local), factors)
         packed = solution.pack()
         write_weight(run.layer, plan, packed)

@@ -17,6 +17,7 @@ from vlmq_serve.calibrate.recipe import Recipe
 from vlmq_serve.calibrate.report import LayerResult, RunReport
 from vlmq_serve.calibrate.rounding import round_layers
 from vlmq_serve.calibrate.run import Run
+from vlmq_serve.calibrate.signals import layer_signals
 from vlmq_serve.calibrate.streams import Streams, capture_streams
 from vlmq_serve.calibrate.work import WorkFolder
 from vlmq_serve.format.errors import VLMQError
@@ -134,15 +135,15 @@ def _run_layers(
     results = run.work.finished()
     if results:
         run.note(f"resumed after {len(results)} of {run.plan.layers} layers")
+    signals = layer_signals(run.plan, streams, gradients.layers if gradients else None)
     run.progress.stage("quantize layers", run.plan.layers)
     started = perf_counter()
     for index, linears in enumerate(run.plan.by_layer):
         if index < len(results):
-            restore_layer(layers[index], linears, run.plan.adapter, run.work.packed(), streams)
+            restore_layer(layers[index], linears, run.plan, run.work, streams)
         else:
-            found = gradients.layers[index] if gradients else None
-            done = quantize_layer(layers[index], linears, run.plan, streams, found)
-            run.work.store(done.result, done.packed, done.saliency)
+            done = quantize_layer(layers[index], linears, run.plan, streams, signals[index])
+            run.work.store(done.result, done.packed, done.saliency, done.changed)
             results.append(done.result)
         layers[index] = nn.Identity()  # frees the layer: nothing reads it any more
         error = results[index].errors.get("all")

@@ -67,6 +67,10 @@ class Plan:
     def bytes_after(self) -> int:
         return self.bytes_before - sum(linear.bytes_before - linear.bytes_after for linear in self.linears)
 
+    def tensor_name(self, layer: int, local: str) -> str:
+        """Name in the source's files of a layer's own tensor."""
+        return f"{self.layer_prefix}.{layer}.{local}"
+
     @cached_property
     def weighted(self) -> tuple[str, ...]:
         """Local names of the linears whose tokens are weighted, in order."""

@@ -4,13 +4,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from vlmq_serve.calibrate.solvers.grid import GridSearch
 from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.format.scheme import Scheme
 
-Method = Literal["rtn", "gptq", "gptaq", "vlmq"]
+Method = Literal["rtn", "awq", "mbq", "gptq", "gptaq", "vlmq"]
+Solver = Literal["rtn", "gptq", "gptaq"]
 ImportanceSource = Literal["attention", "attention_heads", "layer", "cross_entropy"]
+
+_BASES = {
+    "vlmq": ("auto", "gptq", "gptaq"),
+    # No gptaq: its residual compares inputs, and folded scales change those of the quantized path.
+    "awq": ("auto", "rtn", "gptq"),
+    "mbq": ("auto", "rtn", "gptq"),
+}
 
 
 class SchemeOverride(BaseModel):
@@ -28,7 +37,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    method: Method = Field("vlmq", description="rtn needs no data; gptq, gptaq and vlmq do")
+    method: Method = Field("vlmq", description="rtn needs no data, the others do")
     bits: int = Field(4, description="2, 3, 4 or 8")
     group_size: int = Field(128, description="weights that share a scale: 32, 64, 128, or -1 for a whole row")
     symmetric: bool = Field(False, description="fixed zero point 2^(bits-1) instead of one per group")
@@ -44,12 +53,19 @@ class Recipe(BaseModel):
         None, ge=1, description="drop longer samples (never cut: vision tokens belong together)"
     )
     allow_text_only: bool = Field(False, description="accept chats without an image")
-    grid: Literal["minmax", "mse"] = Field("minmax", description="range of each group's grid: full, or of least error")
+    grid: GridSearch = Field(
+        "minmax",
+        description="range of each group's grid: full, or of least error of the weights (mse), of the weights times "
+        "the inputs' power (diagonal), of the group's outputs (output)",
+    )
     percdamp: float = Field(0.01, gt=0, le=1, description="damping relative to the Hessian's mean diagonal")
     act_order: bool = Field(True, description="columns by falling diagonal; grids are then fixed beforehand (static)")
     alpha: float = Field(0.25, ge=0, le=1, description="strength of the asymmetric residual term (GPTAQ)")
-    base: Literal["auto", "gptq", "gptaq"] = Field(
-        "auto", description="solver under vlmq; auto: gptaq, but gptq at 2 bits, as the paper"
+    base: Literal["auto", "rtn", "gptq", "gptaq"] = Field(
+        "auto", description="solver under vlmq (auto: gptaq, but gptq at 2 bits, as the paper), awq and mbq (auto: rtn)"
+    )
+    exposed: bool = Field(
+        False, description="awq and mbq search scales with the quantized path's inputs, not the full path's"
     )
     exponent: Literal[1, 2] = Field(1, description="token weight = importance^exponent; 1: H = X G X^T (VLMQ v1)")
     importance: ImportanceSource = Field(
@@ -93,20 +109,44 @@ class Recipe(BaseModel):
             for name, entry in self.overrides.items()
         }
 
+    @model_validator(mode="after")
+    def _check_base(self) -> "Recipe":
+        allowed = _BASES.get(self.method, ("auto",))
+        if self.base not in allowed:
+            raise ValueError(f"base: got {self.base!r}, method {self.method} allows {', '.join(allowed)}")
+        return self
+
     @property
     def needs_data(self) -> bool:
-        return self.method != "rtn"
+        return self.method != "rtn" or self.grid in ("diagonal", "output")
+
+    def solver(self, bits: int) -> Solver:
+        """What rounds a linear of this width."""
+        if self.method in ("rtn", "gptq", "gptaq"):
+            return self.method
+        if self.base != "auto":
+            return self.base
+        if self.method == "vlmq":
+            return "gptaq" if bits > 2 else "gptq"
+        return "rtn"
+
+    @property
+    def equalizes(self) -> bool:
+        """Whether channel scales are searched and folded before rounding."""
+        return self.method in ("awq", "mbq")
+
+    def needs_statistics(self, bits: int) -> bool:
+        """Whether rounding a linear of this width needs the Hessian of its inputs."""
+        return self.solver(bits) != "rtn" or self.grid in ("diagonal", "output")
 
     @property
     def needs_answer_gradients(self) -> bool:
         """Whether the cross-entropy runs through the whole model before the layers are quantized."""
-        return self.method == "vlmq" and self.importance == "cross_entropy"
+        return self.method == "mbq" or (self.method == "vlmq" and self.importance == "cross_entropy")
 
     def uses_residual(self, bits: int) -> bool:
         """Whether a linear of this width is solved with the asymmetric residual term."""
-        if self.method == "vlmq":
-            return self.base == "gptaq" or (self.base == "auto" and bits > 2)
-        return self.method == "gptaq"
+        return self.solver(bits) == "gptaq"
 
 
 def make_recipe(**settings: Any) -> Recipe:

@@ -12,17 +12,27 @@ BlockForward = Callable[[nn.Module, Tensor, Mapping[str, Any]], Tensor]
 
 
 @dataclass(frozen=True)
+class Producer:
+    """The module before a group of linears, into which scales of their input channels can be folded: a norm, or a
+    linear whose rows are these channels. `head_dim` of a layer, where several query heads read one row (values)."""
+
+    module: str
+    head_dim: Callable[[nn.Module], int] | None = None
+
+
+@dataclass(frozen=True)
 class ResidualBlock:
     """A part of a decoder layer, norm and residual included.
 
     `forward(layer, hidden, kwargs)` maps [B, T, C] to [B, T, C]. `linear_groups` lists its linears in the order of
     quantization; linears of one group read the same input. `importance_taps` are the linears whose output gradients
-    weigh tokens (VLMQ: those of the attention).
+    weigh tokens (VLMQ: those of the attention). `producers`, one per group: what makes its input.
     """
 
     forward: BlockForward
     linear_groups: tuple[tuple[str, ...], ...]
     importance_taps: tuple[str, ...] = ()
+    producers: tuple[Producer | None, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vlmq_serve.calibrate.families.adapter import ModelAdapter, ResidualBlock
+from vlmq_serve.calibrate.families.adapter import ModelAdapter, Producer, ResidualBlock
 from vlmq_serve.format.errors import VLMQError
 
 
@@ -22,6 +22,12 @@ def mlp_block(layer: nn.Module, hidden: Tensor, _: Mapping[str, Any]) -> Tensor:
     return hidden + layer.get_submodule("mlp")(normed)
 
 
+def head_dim(layer: nn.Module) -> int:
+    """Width of one attention head."""
+    attention: Any = layer.get_submodule("self_attn")
+    return int(attention.head_dim)
+
+
 def _check_config(config: Any) -> None:
     kinds = set(config.get_text_config().layer_types)
     if kinds != {"full_attention"}:
@@ -30,8 +36,18 @@ def _check_config(config: Any) -> None:
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _O = ("self_attn.o_proj",)
-ATTENTION = ResidualBlock(attention_block, linear_groups=(_QKV, _O), importance_taps=(*_QKV, *_O))
-MLP = ResidualBlock(mlp_block, linear_groups=(("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)))
+VALUES = Producer("self_attn.v_proj", head_dim=head_dim)
+ATTENTION = ResidualBlock(
+    attention_block,
+    linear_groups=(_QKV, _O),
+    importance_taps=(*_QKV, *_O),
+    producers=(Producer("input_layernorm"), VALUES),
+)
+MLP = ResidualBlock(
+    mlp_block,
+    linear_groups=(("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)),
+    producers=(Producer("post_attention_layernorm"), Producer("mlp.up_proj")),
+)
 
 QWEN2_VL = ModelAdapter(
     model_type="qwen2_vl",
