@@ -12,7 +12,8 @@ from vlmq_serve.calibrate.equalize import (
     equalize_block,
     scaled_rounding,
 )
-from vlmq_serve.calibrate.families.qwen2_vl import MLP, QWEN2_VL
+from vlmq_serve.calibrate.families.decoder import MLP
+from vlmq_serve.calibrate.families.qwen2_vl import QWEN2_VL
 from vlmq_serve.calibrate.pipeline import calibrate
 from vlmq_serve.calibrate.plan import LinearPlan
 from vlmq_serve.calibrate.recipe import make_recipe

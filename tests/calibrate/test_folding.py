@@ -7,7 +7,7 @@ import torch
 from transformers import Qwen2VLConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLDecoderLayer
 
-from vlmq_serve.calibrate.families.qwen2_vl import ATTENTION, MLP, VALUES
+from vlmq_serve.calibrate.families.decoder import ATTENTION, MLP, VALUES
 from vlmq_serve.calibrate.folding import Folded, fold, fold_norm, producer_rows
 
 TOKENS, WIDTH = 7, 32

@@ -9,7 +9,8 @@ from transformers import Qwen2VLConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLDecoderLayer
 
 from vlmq_serve.calibrate.capture import Batch
-from vlmq_serve.calibrate.families.qwen2_vl import QWEN2_VL, attention_block
+from vlmq_serve.calibrate.families.decoder import attention_block
+from vlmq_serve.calibrate.families.qwen2_vl import QWEN2_VL
 from vlmq_serve.calibrate.importance import TokenImportance, local_gradients
 from vlmq_serve.calibrate.sources import _local, taps_of
 from vlmq_serve.calibrate.streams import Streams

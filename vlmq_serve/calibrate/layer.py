@@ -61,6 +61,8 @@ def quantize_layer(
         results += run.results.values()
     layer.to("cpu")
     index = next(iter(linears.values())).layer
+    if plan.adapter.behind_layer is not None:
+        streams.pass_layer(index, plan.adapter.behind_layer)
     seconds = round(perf_counter() - started, 3)
     result = LayerResult(index, tuple(results), errors, seconds, peak_memory_mib())
     named = {plan.tensor_name(index, name): value.cpu() for name, value in changed.items()}
@@ -88,6 +90,8 @@ def restore_layer(
     for block in plan.adapter.blocks:
         advance_streams(layer, full, block, (), streams)
     layer.to("cpu")
+    if plan.adapter.behind_layer is not None:
+        streams.pass_layer(index, plan.adapter.behind_layer)
 
 
 def keep_saliency(importance: Mapping[str, TokenImportance], streams: Streams, count: int) -> dict[int, Tensor]:

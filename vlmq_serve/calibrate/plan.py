@@ -107,6 +107,8 @@ def make_plan(model: str | Path, recipe: Recipe) -> Plan:
     """Check model and recipe against each other; every misfit is one `VLMQError`."""
     source = resolve_model(model)
     adapter = find_adapter(source)
+    if recipe.ignore is None:
+        recipe = recipe.model_copy(update={"ignore": adapter.left_alone})
     if "quantization_config" in read_json(source / "config.json"):
         raise VLMQError(f"{source}: is quantized already (quantization_config in config.json); give the original model")
     tensors = read_tensor_index(source)
@@ -125,7 +127,7 @@ def make_plan(model: str | Path, recipe: Recipe) -> Plan:
     spec.check_fused(linear.name for linear in linears)
     plan = Plan(source, adapter, recipe, linears, layers, prefix, sum(t.nbytes for t in tensors.values()))
     if not plan.quantized:
-        raise VLMQError(f"ignore: {list(recipe.ignore)} leaves no decoder linear to quantize; remove entries")
+        raise VLMQError(f"ignore: {list(recipe.ignore or ())} leaves no decoder linear to quantize; remove entries")
     return plan
 
 
@@ -135,7 +137,7 @@ def make_spec(recipe: Recipe, hashes: dict[str, str], producer: str = "unknown")
         mode="json", exclude={"bits", "group_size", "symmetric", "overrides", "ignore", "method"}
     )
     return QuantizationSpec(
-        recipe.scheme, recipe.override_schemes, recipe.ignore, recipe.method, settings, producer, hashes
+        recipe.scheme, recipe.override_schemes, recipe.ignore or (), recipe.method, settings, producer, hashes
     )
 
 
@@ -163,7 +165,7 @@ def _check_names(recipe: Recipe, linears: list[str], tensors: dict[str, TensorIn
             raise VLMQError(
                 f"overrides: {entry!r} fits no decoder linear; names look like {linears[0]!r} or 'down_proj'"
             )
-    for entry in recipe.ignore:
+    for entry in recipe.ignore or ():
         # lm_head has no tensor of its own where it is tied to the embeddings.
         if entry != "lm_head" and not any(is_under(name, entry) for name in tensors):
             raise VLMQError(

@@ -44,8 +44,8 @@ class Recipe(BaseModel):
     overrides: dict[str, SchemeOverride] = Field(
         default_factory=dict, description="other schemes by module name; leading parents may be left out: down_proj"
     )
-    ignore: tuple[str, ...] = Field(
-        ("visual", "lm_head"), description="modules left as they are: the vision tower (merger included) and lm_head"
+    ignore: tuple[str, ...] | None = Field(
+        None, description="modules left as they are; default: the vision tower, what joins it to the decoder, lm_head"
     )
     samples: int = Field(512, ge=1, description="chats drawn from the data file; all of it if it holds fewer")
     seed: int = Field(0, description="of the draw")

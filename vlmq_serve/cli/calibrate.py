@@ -71,7 +71,7 @@ def _plan_table(plan: "Plan", recipe: "Recipe", output: Path, data: Path | None)
         "model": f"{plan.source} ({plan.adapter.model_type}, {plan.layers} decoder layers)",
         "method": recipe.method,
         "linears": ", ".join(f"{count} at {scheme}" for scheme, count in schemes.items()),
-        "left alone": ", ".join(recipe.ignore) or "-",
+        "left alone": ", ".join(plan.recipe.ignore or ()) or "-",
         "data": f"{data}, up to {recipe.samples} chats" if recipe.needs_data else "not needed",
         "size": f"{human_bytes(plan.bytes_before)} -> {human_bytes(plan.bytes_after)}",
         "memory": f"about {human_bytes(plan.estimated_bytes)}",

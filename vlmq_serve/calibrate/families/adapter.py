@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vlmq_serve.format.errors import VLMQError
 
+BehindLayer = Callable[[int, Tensor, Mapping[str, Any]], Tensor]
 BlockForward = Callable[[nn.Module, Tensor, Mapping[str, Any]], Tensor]
 
 
@@ -41,7 +42,9 @@ class ModelAdapter:
 
     `layers`, `vision_tower`, `merger` and `before_layers` are module paths in the loaded transformers model;
     `source_layers` the prefixes that the layers may have in safetensors files. `blocks`, one after the other, make up
-    a decoder layer. `check_config` raises `VLMQError` on variants that the family's code does not cover.
+    a decoder layer. `left_alone` are the modules that are not quantized unless a recipe says otherwise. `check_config`
+    raises `VLMQError` on variants that the family's code does not cover. `behind_layer(index, hidden, inputs)` is what
+    happens between a layer and the next, with the keyword arguments `decoder_inputs` of the module around the layers.
     """
 
     model_type: str
@@ -51,9 +54,12 @@ class ModelAdapter:
     vision_tower: str
     merger: str
     before_layers: tuple[str, ...]
+    left_alone: tuple[str, ...]
     image_token_id: Callable[[Any], int]
     merge_size: Callable[[Any], int]
     check_config: Callable[[Any], None]
+    decoder_inputs: tuple[str, ...] = ()
+    behind_layer: BehindLayer | None = None
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -81,6 +87,10 @@ class ModelAdapter:
         if not isinstance(layers, nn.ModuleList):
             raise VLMQError(f"{self.layers}: got {type(layers).__name__}, expected the list of decoder layers")
         return layers
+
+    def decoder(self, model: nn.Module) -> nn.Module:
+        """The module around the layers."""
+        return model.get_submodule(self.layers.rpartition(".")[0])
 
     def source_prefix(self, tensor_names: Mapping[str, Any]) -> str:
         """The prefix that this checkpoint's files use for the layers."""
