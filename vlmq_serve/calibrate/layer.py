@@ -51,6 +51,7 @@ def quantize_layer(
     errors: Errors = {}
     recipe = plan.recipe
     importance = measure_importance(full, plan.adapter, recipe, plan.weighted, streams, signals.gradients)
+    importance |= signals.importance
     changed: dict[str, Tensor] = {}
     for number, block in enumerate(plan.adapter.blocks):
         search = channel_search(recipe, linears, signals.errors[number]) if signals.errors else None
@@ -108,4 +109,4 @@ def channel_search(recipe: Recipe, linears: Mapping[str, LinearPlan], error: Tok
     """The search of the recipe; it rounds with the recipe's grid, or a min-max one where that needs a Hessian."""
     grid = recipe.grid if recipe.grid in ("minmax", "mse") else "minmax"
     dtype = next(iter(linears.values())).dtype
-    return ChannelSearch(error, SolverOptions(dtype, grid), recipe.exposed)
+    return ChannelSearch(error, SolverOptions(dtype, grid), recipe.searches_exposed)

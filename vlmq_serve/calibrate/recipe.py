@@ -10,7 +10,7 @@ from vlmq_serve.calibrate.solvers.grid import GridSearch
 from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.format.scheme import Scheme
 
-Method = Literal["rtn", "awq", "mbq", "gptq", "gptaq", "vlmq"]
+Method = Literal["rtn", "awq", "mbq", "tlq", "gptq", "gptaq", "vlmq"]
 Solver = Literal["rtn", "gptq", "gptaq"]
 ImportanceSource = Literal["attention", "attention_heads", "layer", "cross_entropy"]
 
@@ -19,6 +19,7 @@ _BASES = {
     # No gptaq: its residual compares inputs, and folded scales change those of the quantized path.
     "awq": ("auto", "rtn", "gptq"),
     "mbq": ("auto", "rtn", "gptq"),
+    "tlq": ("auto", "rtn", "gptq"),
 }
 
 
@@ -62,10 +63,14 @@ class Recipe(BaseModel):
     act_order: bool = Field(True, description="columns by falling diagonal; grids are then fixed beforehand (static)")
     alpha: float = Field(0.25, ge=0, le=1, description="strength of the asymmetric residual term (GPTAQ)")
     base: Literal["auto", "rtn", "gptq", "gptaq"] = Field(
-        "auto", description="solver under vlmq (auto: gptaq, but gptq at 2 bits, as the paper), awq and mbq (auto: rtn)"
+        "auto",
+        description="solver under vlmq (auto: gptaq, but gptq at 2 bits), awq, mbq and tlq (auto: rtn)",
     )
-    exposed: bool = Field(
-        False, description="awq and mbq search scales with the quantized path's inputs, not the full path's"
+    exposed: bool | None = Field(
+        None, description="search channel scales with the quantized path's inputs; default: tlq yes, awq and mbq no"
+    )
+    token_budget: int | None = Field(
+        None, ge=1, description="tokens that tlq keeps per block, over all samples; default: half of them"
     )
     exponent: Literal[1, 2] = Field(1, description="token weight = importance^exponent; 1: H = X G X^T (VLMQ v1)")
     importance: ImportanceSource = Field(
@@ -133,7 +138,12 @@ class Recipe(BaseModel):
     @property
     def equalizes(self) -> bool:
         """Whether channel scales are searched and folded before rounding."""
-        return self.method in ("awq", "mbq")
+        return self.method in ("awq", "mbq", "tlq")
+
+    @property
+    def searches_exposed(self) -> bool:
+        """Whether channel scales are judged on the quantized path's inputs."""
+        return self.method == "tlq" if self.exposed is None else self.exposed
 
     def needs_statistics(self, bits: int) -> bool:
         """Whether rounding a linear of this width needs the Hessian of its inputs."""
@@ -142,7 +152,7 @@ class Recipe(BaseModel):
     @property
     def needs_answer_gradients(self) -> bool:
         """Whether the cross-entropy runs through the whole model before the layers are quantized."""
-        return self.method == "mbq" or (self.method == "vlmq" and self.importance == "cross_entropy")
+        return self.method in ("mbq", "tlq") or (self.method == "vlmq" and self.importance == "cross_entropy")
 
     def uses_residual(self, bits: int) -> bool:
         """Whether a linear of this width is solved with the asymmetric residual term."""
