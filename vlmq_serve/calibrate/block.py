@@ -35,6 +35,7 @@ class BlockRun:
     streams: Streams
     importance: Mapping[str, TokenImportance] = field(default_factory=dict)
     search: ChannelSearch | None = None
+    percentile: float | None = None
     folded: Folded = field(default_factory=Folded)
     packed: dict[str, PackedWeight] = field(default_factory=dict)
     results: dict[str, LinearResult] = field(default_factory=dict)
@@ -78,7 +79,7 @@ def _solve_group(run: BlockRun, plans: Sequence[LinearPlan]) -> None:
     for plan in plans:
         started = perf_counter()
         weight = run.folded.weight(run.full, plan.local)
-        solution = solve(plan, weight, run.recipe, statistics.get(plan.local), factors)
+        solution = solve(plan, weight, run.recipe, statistics.get(plan.local), factors, run.percentile)
         packed = solution.pack()
         write_weight(run.layer, plan, packed)
         run.packed[plan.name] = packed

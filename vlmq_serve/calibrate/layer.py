@@ -55,7 +55,7 @@ def quantize_layer(
     changed: dict[str, Tensor] = {}
     for number, block in enumerate(plan.adapter.blocks):
         search = channel_search(recipe, linears, signals.errors[number]) if signals.errors else None
-        run = BlockRun(layer, full, block, linears, recipe, streams, importance, search)
+        run = BlockRun(layer, full, block, linears, recipe, streams, importance, search, signals.percentile)
         errors = quantize_block(run)
         packed |= run.packed
         changed |= run.folded.changed

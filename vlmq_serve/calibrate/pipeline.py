@@ -11,13 +11,14 @@ from vlmq_serve.calibrate.data import CalibrationData, SampleFeed, load_data
 from vlmq_serve.calibrate.finish import finish_run
 from vlmq_serve.calibrate.layer import quantize_layer, restore_layer
 from vlmq_serve.calibrate.loading import choose_device, choose_dtype, hash_weights, load_model, load_processor
+from vlmq_serve.calibrate.percentiles import find_blocks, search_percentiles
 from vlmq_serve.calibrate.plan import Plan, make_plan
 from vlmq_serve.calibrate.progress import Progress, SilentProgress
 from vlmq_serve.calibrate.recipe import Recipe
 from vlmq_serve.calibrate.report import LayerResult, RunReport
 from vlmq_serve.calibrate.rounding import round_layers
 from vlmq_serve.calibrate.run import Run
-from vlmq_serve.calibrate.signals import layer_signals
+from vlmq_serve.calibrate.signals import LayerSignals, layer_signals
 from vlmq_serve.calibrate.streams import Streams, capture_streams
 from vlmq_serve.calibrate.work import WorkFolder
 from vlmq_serve.format.errors import VLMQError
@@ -138,7 +139,12 @@ def _run_layers(
     signals = layer_signals(run.plan, streams, gradients.layers if gradients else None)
     run.progress.stage("quantize layers", run.plan.layers)
     started = perf_counter()
+    blocks = find_blocks(list(layers), run.plan, streams) if run.plan.recipe.method == "qvlm" else {}
     for index, linears in enumerate(run.plan.by_layer):
+        if index in blocks and blocks[index] > len(results):  # some layer of the block is still to be done
+            found = search_percentiles(list(layers[index : blocks[index]]), index, run.plan, streams)
+            signals[index : blocks[index]] = [LayerSignals(percentile=p) for p in found]
+            run.details.setdefault("percentiles", {})[str(index)] = list(found)
         if index < len(results):
             restore_layer(layers[index], linears, run.plan, run.work, streams)
         else:

@@ -6,11 +6,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from vlmq_serve.calibrate.solvers.grid import GridSearch
 from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.format.scheme import Scheme
 
-Method = Literal["rtn", "awq", "mbq", "tlq", "gptq", "gptaq", "vlmq"]
+Method = Literal["rtn", "awq", "mbq", "tlq", "qvlm", "gptq", "gptaq", "vlmq"]
 Solver = Literal["rtn", "gptq", "gptaq"]
 ImportanceSource = Literal["attention", "attention_heads", "layer", "cross_entropy"]
 
@@ -54,7 +53,7 @@ class Recipe(BaseModel):
         None, ge=1, description="drop longer samples (never cut: vision tokens belong together)"
     )
     allow_text_only: bool = Field(False, description="accept chats without an image")
-    grid: GridSearch = Field(
+    grid: Literal["minmax", "mse", "diagonal", "output"] = Field(
         "minmax",
         description="range of each group's grid: full, or of least error of the weights (mse), of the weights times "
         "the inputs' power (diagonal), of the group's outputs (output)",
@@ -82,6 +81,9 @@ class Recipe(BaseModel):
         None, description="linears with token weights, such as [v_proj, o_proj]; default: those of the attention"
     )
     per_sample: bool = Field(False, description="token weights have mean 1 in every sample, not only over all")
+    dependency_threshold: float | None = Field(
+        None, description="h0 of qvlm: neighbouring layers of larger entropy are searched together; default: its mean"
+    )
     batch_tokens: int = Field(4096, ge=1, description="tokens of equally long samples that go through a layer at once")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = Field(

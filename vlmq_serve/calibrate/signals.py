@@ -15,11 +15,13 @@ from vlmq_serve.calibrate.token_set import token_weights
 @dataclass(frozen=True)
 class LayerSignals:
     """One layer: gradients of the answers' cross-entropy, per block the error by which channel scales are judged, and
-    token weights of linears that are known beforehand; None or empty where the method does not ask for it."""
+    token weights of linears that are known beforehand, and Q-VLM's percentile; None or empty where the method does not
+    ask for it."""
 
     gradients: Gradients | None = None
     errors: Sequence[TokenError] | None = None
     importance: Mapping[str, TokenImportance] = field(default_factory=dict)
+    percentile: float | None = None
 
 
 def layer_signals(plan: Plan, streams: Streams, gradients: Sequence[Gradients] | None) -> list[LayerSignals]:

@@ -20,7 +20,7 @@ def calibrate(
     model: Annotated[str, typer.Argument(help="Model folder, or the name of a model on the Hugging Face hub.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")],
     data: Annotated[Path | None, typer.Option(help="JSON lines: chats with images. Not needed by rtn.")] = None,
-    method: Annotated[str | None, typer.Option(help="vlmq (default), gptaq, gptq, tlq, mbq, awq or rtn.")] = None,
+    method: Annotated[str | None, typer.Option(help="vlmq (default), gptaq, gptq, qvlm, tlq, mbq, awq or rtn.")] = None,
     bits: Annotated[int | None, typer.Option(help="2, 3, 4 (default) or 8.")] = None,
     group_size: Annotated[int | None, typer.Option(help="32, 64, 128 (default), or -1 for whole rows.")] = None,
     symmetric: Annotated[bool | None, typer.Option(help="Fixed zero point instead of one per group.")] = None,

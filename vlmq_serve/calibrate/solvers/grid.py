@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vlmq_serve.format.scheme import Scheme
 
-GridSearch = Literal["minmax", "mse", "diagonal", "output"]
+GridSearch = Literal["minmax", "mse", "diagonal", "output", "percentile"]
 _SHRINK_STEPS = 48
 _SMALLEST_SHRINK = 0.3
 
@@ -32,6 +32,7 @@ def fit_grid(
     scale_dtype: torch.dtype,
     search: GridSearch = "minmax",
     metric: Tensor | None = None,
+    percentile: float = 1.0,
 ) -> Grid:
     """Grid of groups `weight` [N, ..., L], one scale and zero for each L weights.
 
@@ -39,19 +40,28 @@ def fit_grid(
     `minmax` spans the smallest and the largest weight (and zero). The others shrink that span by the factor in
     [0.3, 1] of least error of the rounded group, d = q - w: `mse` d^T d, `diagonal` d^T diag(H) d with `metric`
     diag(H) [..., L], `output` d^T H d with `metric` H [..., L, L], which is the squared error of the group's outputs.
+    `percentile` spans the quantiles 1 - p and p of the group, p = `percentile`, as Q-VLM searches them.
     """
-    low = weight.amin(-1).clamp(max=0)
-    high = weight.amax(-1).clamp(min=0)
+    low, high = weight.amin(-1), weight.amax(-1)
+    if search == "percentile" and percentile < 1:
+        low, high = _quantile(weight, 1 - percentile), _quantile(weight, percentile)
+    low, high = low.clamp(max=0), high.clamp(min=0)
     if scheme.symmetric:
         high = torch.maximum(-low, high)
         low = -high
     grid = _span_grid(low, high, scheme, scale_dtype)
-    return grid if search == "minmax" else _search(weight, low, high, grid, scheme, metric)
+    return grid if search in ("minmax", "percentile") else _search(weight, low, high, grid, scheme, metric)
 
 
 def group_weight(weight: Tensor, scheme: Scheme) -> Tensor:
     """View [N, K] as [N, K/G, G]."""
     return weight.reshape(weight.shape[0], scheme.num_groups(weight.shape[1]), -1)
+
+
+def _quantile(weight: Tensor, level: float) -> Tensor:
+    """Quantile over the last dimension of [N, ..., L]; torch takes 2^24 elements at once."""
+    rows = max(2**24 // max(weight[0].numel(), 1), 1)
+    return torch.cat([part.quantile(level, -1) for part in weight.split(rows)])
 
 
 def _span_grid(low: Tensor, high: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Grid:

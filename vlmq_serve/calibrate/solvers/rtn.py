@@ -11,7 +11,7 @@ def solve_rtn(weight: Tensor, scheme: Scheme, options: SolverOptions, hessian: T
     """Nearest codes of `weight` [N, K] on the grid of each group; `hessian` [K, K] where the grid's search needs it."""
     groups = group_weight(weight, scheme)
     metric = group_metric(hessian, options.grid, groups.shape[1])
-    grid = fit_grid(groups, scheme, options.scale_dtype, options.grid, metric)
+    grid = fit_grid(groups, scheme, options.scale_dtype, options.grid, metric, options.percentile)
     scales = grid.scales.to(weight.dtype)[..., None]
     codes = round_to_grid(groups, scales, grid.zeros[..., None], scheme)
     return Solution(codes.reshape(weight.shape), grid, scheme)

@@ -20,6 +20,7 @@ class SolverOptions:
     act_order: bool = True
     alpha: float = 0.25
     block_size: int = 128
+    percentile: float = 1.0
 
 
 @dataclass(frozen=True)
