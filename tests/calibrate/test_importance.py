@@ -177,3 +177,12 @@ def test_the_cut_before_the_output_projection_has_no_gradient_there():
     assert taps_of(QWEN2_VL, "attention_heads") == ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     assert taps_of(QWEN2_VL, "attention") == QWEN2_VL.importance_taps
     assert taps_of(QWEN2_VL, "layer") == taps_of(QWEN2_VL, "cross_entropy") == QWEN2_VL.linears
+
+
+def test_effective_tokens():
+    assert TokenImportance((torch.ones(2, 5),)).effective_tokens == 10
+    one = TokenImportance((torch.tensor([[4.0, 0, 0, 0]]),))
+    assert one.effective_tokens == pytest.approx(1)
+    half = TokenImportance.from_gradients([torch.tensor([[1.0, 4.0, 16.0]])], exponent=0.5)
+    torch.testing.assert_close(half.weights[0], torch.tensor([[1.0, 2.0, 4.0]]) * 3 / 7)
+    assert half.effective_tokens == pytest.approx(49 / 21)

@@ -91,6 +91,7 @@ def _solve_group(run: BlockRun, plans: Sequence[LinearPlan]) -> None:
             damping=solution.damping,
             importance=_importance_by_modality(weights, run.streams) if weights else {},
             uniform_importance=weights is not None and weights.uniform,
+            effective_tokens=round(weights.effective_tokens, 1) if weights else None,
             seconds=round(perf_counter() - started, 3),
         )
 

@@ -35,9 +35,18 @@ class TokenImportance:
         if any(bool((w < 0).any()) for w in self.weights) or abs(total / count - 1) > _MEAN_TOLERANCE:
             raise RuntimeError(f"token weights must be >= 0 with mean 1, got mean {total / count}")
 
+    @property
+    def effective_tokens(self) -> float:
+        """Kish's effective sample size (sum l)^2 / sum l^2: how many equally weighted tokens the weights amount to.
+
+        Where it is below the inputs of a linear, its Hessian knows less than the linear can use.
+        """
+        total = sum(float(w.double().sum()) for w in self.weights)
+        return total**2 / sum(float(w.double().square().sum()) for w in self.weights)
+
     @classmethod
     def from_gradients(
-        cls, gradients: Sequence[Tensor], exponent: int = 1, per_sample: bool = False
+        cls, gradients: Sequence[Tensor], exponent: float = 1, per_sample: bool = False
     ) -> "TokenImportance":
         """Weights g^exponent, scaled to mean 1; all ones where every gradient is zero or one is not finite.
 
@@ -59,7 +68,7 @@ class TokenImportance:
         return cls(tuple((r * scale).float() for r in raised))
 
 
-def _with_mean_one(gradient: Tensor, exponent: int) -> Tensor:
+def _with_mean_one(gradient: Tensor, exponent: float) -> Tensor:
     """Rows of [B, T] raised and divided by their means; ones where a row is all zero."""
     peak = gradient.amax(1, keepdim=True).double()
     raised = torch.where(peak > 0, gradient.double() / peak, 1.0) ** exponent

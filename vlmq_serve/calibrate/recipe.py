@@ -71,7 +71,12 @@ class Recipe(BaseModel):
     token_budget: int | None = Field(
         None, ge=1, description="tokens that tlq keeps per block, over all samples; default: half of them"
     )
-    exponent: Literal[1, 2] = Field(1, description="token weight = importance^exponent; 1: H = X G X^T (VLMQ v1)")
+    exponent: float = Field(
+        1,
+        gt=0,
+        le=2,
+        description="token weight = importance^exponent; 1: H = X G X^T (VLMQ v1); below 1: milder",
+    )
     importance: ImportanceSource = Field(
         "attention",
         description="loss whose gradients weigh tokens: of the attention block, at the input of o_proj, of the decoder "

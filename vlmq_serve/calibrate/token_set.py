@@ -41,7 +41,7 @@ def choose_tokens(importance: Tensor, modality: Tensor, budget: int) -> Tensor:
 
 
 def token_weights(
-    gradients: Sequence[Tensor], modality: Sequence[Tensor], budget: int | None, exponent: int = 1
+    gradients: Sequence[Tensor], modality: Sequence[Tensor], budget: int | None, exponent: float = 1
 ) -> TokenImportance:
     """l_t from gradient magnitudes [B, T] and modality [B, T] per batch; without a budget, half of the tokens."""
     flat = torch.cat([g.reshape(-1) for g in gradients])
