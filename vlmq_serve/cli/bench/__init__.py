@@ -2,6 +2,7 @@
 
 import typer
 
+from vlmq_serve.cli.bench.kernels import kernels
 from vlmq_serve.cli.bench.quality import quality
 
 app = typer.Typer(
@@ -17,6 +18,7 @@ def bench() -> None:
     """Measure on this machine. Every number is a ratio or a median, with the device's name beside it."""
 
 
+app.command()(kernels)
 app.command()(quality)
 
 __all__ = ["app"]
