@@ -157,7 +157,7 @@ def test_equalized_rounding_beats_rounding(tiny_model, data_file, tmp_path, meth
     errors = {}
     for name in ("rtn", method, f"{method}-gptq"):
         base = {"base": "gptq"} if name.endswith("gptq") else {}
-        recipe = make_recipe(method=name.partition("-")[0], bits=3, group_size=-1, samples=16, device="cpu", **base)
+        recipe = make_recipe(method=name.partition("-")[0], bits=3, group_size=-1, samples=8, device="cpu", **base)
         report = calibrate(tiny_model, tmp_path / name, data_file, recipe)
         errors[name] = report.layers[-1].errors["answer" if method == "mbq" else "all"]
     assert errors[method] < errors["rtn"]
@@ -167,7 +167,7 @@ def test_equalized_rounding_beats_rounding(tiny_model, data_file, tmp_path, meth
 def test_an_interrupted_run_goes_on_with_its_norms(tiny_model, data_file, tmp_path, monkeypatch):
     from vlmq_serve.calibrate import layer as layer_module
 
-    recipe = make_recipe(method="awq", bits=3, group_size=32, samples=6, device="cpu")
+    recipe = make_recipe(method="awq", bits=3, group_size=32, samples=3, device="cpu")
     calibrate(tiny_model, tmp_path / "whole", data_file, recipe)
     original, calls = layer_module.measure_importance, []
 

@@ -77,7 +77,7 @@ def test_percentiles_span_quantiles_of_the_group():
 
 
 def qvlm(tiny_model, data_file, out, **settings):
-    recipe = make_recipe(method="qvlm", bits=3, group_size=-1, samples=6, device="cpu", **settings)
+    recipe = make_recipe(method="qvlm", bits=3, group_size=-1, samples=2, device="cpu", **settings)
     return calibrate(tiny_model, out, data_file, recipe)
 
 
@@ -87,7 +87,7 @@ def test_joint_search_is_no_worse_than_no_clipping(tiny_model, data_file, tmp_pa
     assert list(searched.details["percentiles"]) == ["0"]
     assert all(p in PERCENTILES for p in searched.details["percentiles"]["0"])
     plain = calibrate(tiny_model, tmp_path / "b", data_file, make_recipe(
-        method="rtn", bits=3, group_size=-1, samples=6, device="cpu"))  # fmt: skip
+        method="rtn", bits=3, group_size=-1, samples=2, device="cpu"))  # fmt: skip
     assert searched.layers[-1].errors["all"] < plain.layers[-1].errors["all"]
     config = json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]
     assert config["method"] == "qvlm"
@@ -109,7 +109,7 @@ def test_an_interrupted_block_is_searched_again(tiny_model, data_file, tmp_path,
         patched.setattr(pipeline, "quantize_layer", interrupted)
         with pytest.raises(KeyboardInterrupt):
             qvlm(tiny_model, data_file, tmp_path / "out", dependency_threshold=0.0)
-    recipe = make_recipe(method="qvlm", bits=3, group_size=-1, samples=6, device="cpu", dependency_threshold=0.0)
+    recipe = make_recipe(method="qvlm", bits=3, group_size=-1, samples=2, device="cpu", dependency_threshold=0.0)
     calibrate(tiny_model, tmp_path / "out", data_file, recipe, resume=True)
     names = list(read_tensor_index(tmp_path / "whole"))
     first, second = read_tensors(tmp_path / "whole", names), read_tensors(tmp_path / "out", names)
