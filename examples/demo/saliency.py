@@ -7,8 +7,9 @@ from torch import Tensor
 
 from vlmq_serve.calibrate.capture import capture_first_inputs
 from vlmq_serve.calibrate.chats import Chat
-from vlmq_serve.calibrate.families.qwen2_vl import ATTENTION, QWEN2_VL
-from vlmq_serve.calibrate.importance import attention_gradients
+from vlmq_serve.calibrate.families.decoder import ATTENTION
+from vlmq_serve.calibrate.families.qwen2_vl import QWEN2_VL
+from vlmq_serve.calibrate.importance import local_gradients
 from vlmq_serve.calibrate.saliency import saliency_map
 from vlmq_serve.calibrate.samples import VISION, build_sample
 
@@ -23,13 +24,13 @@ def image_saliency(full: Any, quantized: Any, processor: Any, chat: Chat) -> Ten
     sample = build_sample(processor, chat, family.image_token_id(full.config))
     layers = list(zip(family.decoder_layers(full), family.decoder_layers(quantized), strict=True))
     full.requires_grad_(False)
-    hidden, batch = capture_first_inputs(full, layers[0][0], [sample], torch.device("cpu"))
+    hidden, batch = capture_first_inputs(full, QWEN2_VL, [sample], torch.device("cpu"))
     ours = theirs = hidden
     total = torch.zeros(sample.length)
     for depth, (layer, rounded) in enumerate(layers):
         if depth:
             taps = ATTENTION.importance_taps
-            found = attention_gradients(layer, ATTENTION.forward, taps, ours, theirs, batch.kwargs)
+            found = local_gradients(layer, ATTENTION.forward, taps, ours, theirs, batch.kwargs)
             total += sum((g[0] / g.mean() for g in found.values()), torch.zeros(sample.length))
         with torch.no_grad():
             for block in family.blocks:

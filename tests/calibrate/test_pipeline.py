@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vlmq_serve.calibrate import block as block_module
+from vlmq_serve.calibrate import layer as layer_module
 from vlmq_serve.calibrate.pipeline import calibrate
 from vlmq_serve.calibrate.recipe import make_recipe
 from vlmq_serve.calibrate.work import partial_folder
@@ -87,7 +87,7 @@ def test_rtn_without_data_equals_rtn_with_data(tiny_model, data_file, tmp_path):
 def test_interrupted_run_resumes_to_the_same_checkpoint(tiny_model, data_file, tmp_path, monkeypatch):
     settings = recipe(method="vlmq", save_saliency=2)
     calibrate(tiny_model, tmp_path / "whole", data_file, settings)
-    original, calls = block_module.measure_importance, []
+    original, calls = layer_module.measure_importance, []
 
     def interrupted(*args, **kwargs):
         calls.append(1)
@@ -97,7 +97,7 @@ def test_interrupted_run_resumes_to_the_same_checkpoint(tiny_model, data_file, t
 
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr(block_module, "measure_importance", interrupted)
+        patched.setattr(layer_module, "measure_importance", interrupted)
         with pytest.raises(KeyboardInterrupt):
             calibrate(tiny_model, out, data_file, settings)
     assert not out.exists()

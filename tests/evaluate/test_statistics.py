@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from vlmq_serve.evaluate.statistics import Proportion, by_task, paired_difference
+from vlmq_serve.evaluate.statistics import Proportion, by_task, crossed_mean, paired_difference
 
 
 def test_wilson_interval_known_values() -> None:
@@ -43,3 +43,25 @@ def test_paired_difference_refuses_unequal_lists() -> None:
 def test_by_task() -> None:
     result = by_task(["count", "colour", "count"], [True, False, False])
     assert result == {"colour": Proportion(0, 1), "count": Proportion(1, 2)}
+
+
+def test_crossed_mean_of_one_seed_is_the_normal_interval() -> None:
+    result = crossed_mean([[1, 0, 1, 1]])
+    half = 1.959963984540054 * math.sqrt(0.25 / 4)
+    assert (result.value, round(result.high - result.value, 9)) == (0.75, round(half, 9))
+
+
+def test_crossed_mean_covers_the_truth_where_seeds_differ() -> None:
+    rng = random.Random(0)
+    covered = 0
+    for _ in range(300):
+        easy = [rng.gauss(0, 1) for _ in range(40)]
+        shifts = [rng.gauss(0, 0.3) for _ in range(8)]
+        result = crossed_mean([[e + shift + rng.gauss(0, 0.5) for e in easy] for shift in shifts])
+        covered += result.low <= 0 <= result.high
+    assert 0.91 < covered / 300 <= 0.99
+
+
+def test_crossed_mean_refuses_uneven_rows() -> None:
+    with pytest.raises(ValueError, match="equal ones"):
+        crossed_mean([[1, 0], [1]])

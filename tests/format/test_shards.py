@@ -88,6 +88,20 @@ def test_only_the_quantized_weights_change(source: Path, tmp_path: Path) -> None
     assert not list(tmp_path.glob("*.writing"))
 
 
+def test_changed_tensors_take_their_place_in_the_source_s_dtype(source: Path, tmp_path: Path) -> None:
+    index = read_tensor_index(source)
+    name = next(n for n in index if n not in {f"{linear}.weight" for linear in LINEARS})
+    before = read_tensors(source, [name])[name]
+    write_checkpoint(source, tmp_path / "out", quantized(), SPEC, changed={name: before.float() * 2})
+    after = read_tensors(tmp_path / "out", [name])[name]
+    assert after.dtype == before.dtype
+    assert torch.equal(after, before * 2)
+    for wrong in ({"no.such.weight": before}, {name: before.flatten()[:1]}):
+        with pytest.raises(VLMQError, match="changed tensor"):
+            write_checkpoint(source, tmp_path / "other", quantized(), SPEC, changed=wrong)
+    assert not (tmp_path / "other").exists()
+
+
 class DyingMapping(Mapping[str, PackedWeight]):
     """Yields the first weight and then fails, as a full disk or a kill would."""
 

@@ -1,16 +1,18 @@
-"""Quantizes one residual block: importance, statistics and solution per group of linears; then both streams move on."""
+"""Quantizes one residual block: statistics and solution per group of linears; then both streams move on."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vlmq_serve.calibrate.capture import linear_input, output_taps
+from vlmq_serve.calibrate.equalize import ChannelSearch, equalize_block
 from vlmq_serve.calibrate.families.adapter import ResidualBlock
+from vlmq_serve.calibrate.folding import Folded
 from vlmq_serve.calibrate.hessian import Statistics, StatisticsAccumulator
-from vlmq_serve.calibrate.importance import TokenImportance, attention_gradients
+from vlmq_serve.calibrate.importance import TokenImportance
 from vlmq_serve.calibrate.linear import relative_error, solve, write_weight
 from vlmq_serve.calibrate.metrics import ErrorByModality, mean_by_modality
 from vlmq_serve.calibrate.plan import LinearPlan
@@ -32,14 +34,17 @@ class BlockRun:
     recipe: Recipe
     streams: Streams
     importance: Mapping[str, TokenImportance] = field(default_factory=dict)
+    search: ChannelSearch | None = None
+    percentile: float | None = None
+    folded: Folded = field(default_factory=Folded)
     packed: dict[str, PackedWeight] = field(default_factory=dict)
     results: dict[str, LinearResult] = field(default_factory=dict)
 
 
 def quantize_block(run: BlockRun) -> Errors:
     """Fill `packed` and `results` of `run`, move the streams behind the block; relative errors of its output."""
-    if run.recipe.method == "vlmq" and run.block.importance_taps:
-        run.importance = measure_importance(run.full, run.block, run.streams, run.recipe.exponent)
+    if run.search is not None:
+        run.folded = equalize_block(run.layer, run.full, run.block, run.linears, run.streams, run.search)
     for group in run.block.linear_groups:
         plans = [run.linears[name] for name in group if run.linears[name].scheme is not None]
         if plans:
@@ -47,18 +52,6 @@ def quantize_block(run: BlockRun) -> Errors:
     errors, output_errors = advance_streams(run.layer, run.full, run.block, list(run.results), run.streams)
     run.results = {name: replace(result, errors=errors[name]) for name, result in run.results.items()}
     return output_errors
-
-
-def measure_importance(
-    layer: nn.Module, block: ResidualBlock, streams: Streams, exponent: int
-) -> dict[str, TokenImportance]:
-    """Token weights at the block's taps: one forward and one backward pass of the block per batch."""
-    gradients: dict[str, list[Tensor]] = {name: [] for name in block.importance_taps}
-    for item in streams:
-        found = attention_gradients(layer, block.forward, block.importance_taps, item.full, item.quantized, item.kwargs)
-        for name, gradient in found.items():
-            gradients[name].append(gradient.cpu())
-    return {name: TokenImportance.from_gradients(parts, exponent) for name, parts in gradients.items()}
 
 
 def collect_statistics(run: BlockRun, plans: Sequence[LinearPlan]) -> dict[str, Statistics]:
@@ -80,12 +73,13 @@ def collect_statistics(run: BlockRun, plans: Sequence[LinearPlan]) -> dict[str, 
 
 def _solve_group(run: BlockRun, plans: Sequence[LinearPlan]) -> None:
     """Solve the linears of one group, write their weights back, and note the results."""
-    statistics = collect_statistics(run, plans) if run.recipe.needs_data else {}
+    needed = any(plan.scheme is not None and run.recipe.needs_statistics(plan.scheme.bits) for plan in plans)
+    statistics = collect_statistics(run, plans) if needed else {}
     factors: dict[int, InverseFactor] = {}
     for plan in plans:
         started = perf_counter()
-        weight = run.full.get_parameter(f"{plan.local}.weight").detach().float()
-        solution = solve(plan, weight, run.recipe, statistics.get(plan.local), factors)
+        weight = run.folded.weight(run.full, plan.local)
+        solution = solve(plan, weight, run.recipe, statistics.get(plan.local), factors, run.percentile)
         packed = solution.pack()
         write_weight(run.layer, plan, packed)
         run.packed[plan.name] = packed
@@ -97,6 +91,7 @@ def _solve_group(run: BlockRun, plans: Sequence[LinearPlan]) -> None:
             damping=solution.damping,
             importance=_importance_by_modality(weights, run.streams) if weights else {},
             uniform_importance=weights is not None and weights.uniform,
+            effective_tokens=round(weights.effective_tokens, 1) if weights else None,
             seconds=round(perf_counter() - started, 3),
         )
 

@@ -1,14 +1,14 @@
 """What goes into and out of decoder layers: the first layer's real inputs, and taps at linears."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlmq_serve.calibrate.families.adapter import BlockForward
+from vlmq_serve.calibrate.families.adapter import BlockForward, ModelAdapter
 from vlmq_serve.calibrate.samples import CalibrationSample
 
 _NOT_FOR_LAYERS = ("past_key_values", "use_cache", "cache_position")
@@ -17,11 +17,13 @@ _MAX_PENDING = 256
 
 @dataclass(frozen=True)
 class Batch:
-    """Equally long samples: their indices, modality uint8 [B, T], and the keyword arguments of decoder layers (CPU)."""
+    """Equally long samples: their indices, modality uint8 [B, T], the keyword arguments of decoder layers, and those of
+    the module around them that the family asks for (CPU)."""
 
     indices: tuple[int, ...]
     modality: Tensor
     kwargs: Mapping[str, Any]
+    decoder_inputs: Mapping[str, Any] = field(default_factory=dict)
 
 
 class _StopForward(Exception):
@@ -29,14 +31,15 @@ class _StopForward(Exception):
 
 
 def group_by_length(samples: Iterable[CalibrationSample], max_tokens: int) -> Iterator[list[CalibrationSample]]:
-    """Collect samples of equal length and equal kinds of input, up to `max_tokens` together; no padding anywhere.
+    """Collect samples of equal length and equal shapes of input, up to `max_tokens` together; no padding anywhere.
 
     A length's group leaves when it is full; when many samples wait, the largest group leaves, so that no more than
     256 samples' pixels are held at once.
     """
-    waiting: dict[tuple[int, tuple[str, ...]], list[CalibrationSample]] = {}
+    waiting: dict[tuple[int, tuple[tuple[str, tuple[int, ...]], ...]], list[CalibrationSample]] = {}
     for sample in samples:
-        key = (sample.length, tuple(sorted(sample.inputs)))
+        shapes = sorted((name, tuple(tensor.shape[1:])) for name, tensor in sample.inputs.items())
+        key = (sample.length, tuple(shapes))
         group = waiting.setdefault(key, [])
         group.append(sample)
         if (len(group) + 1) * sample.length > max_tokens:
@@ -46,8 +49,13 @@ def group_by_length(samples: Iterable[CalibrationSample], max_tokens: int) -> It
     yield from waiting.values()
 
 
+def batch_inputs(samples: Sequence[CalibrationSample], device: torch.device) -> dict[str, Tensor]:
+    """Model inputs of equally long samples, one after the other along the first dimension."""
+    return {key: torch.cat([sample.inputs[key] for sample in samples]).to(device) for key in samples[0].inputs}
+
+
 def capture_first_inputs(
-    model: nn.Module, first_layer: nn.Module, samples: list[CalibrationSample], device: torch.device
+    model: nn.Module, adapter: ModelAdapter, samples: list[CalibrationSample], device: torch.device
 ) -> tuple[Tensor, Batch]:
     """Hidden states [B, T, C] that enter the first decoder layer, and the arguments that come with them.
 
@@ -61,19 +69,29 @@ def capture_first_inputs(
         caught.append((hidden, kwargs))
         raise _StopForward
 
-    inputs = {key: torch.cat([s.inputs[key] for s in samples]).to(device) for key in samples[0].inputs}
-    handle = first_layer.register_forward_pre_hook(stop, with_kwargs=True)
+    wanted: dict[str, Any] = {}
+
+    def keep(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        wanted.update({name: kwargs.get(name) for name in adapter.decoder_inputs})
+
+    inputs = batch_inputs(samples, device)
+    handles = [
+        adapter.decoder(model).register_forward_pre_hook(keep, with_kwargs=True),
+        adapter.decoder_layers(model)[0].register_forward_pre_hook(stop, with_kwargs=True),
+    ]
     try:
         with torch.no_grad():
             model(**inputs, use_cache=False)
     except _StopForward:
         pass
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     hidden, kwargs = caught[0]
     kept = {key: value for key, value in kwargs.items() if key not in _NOT_FOR_LAYERS}
     modality = torch.stack([s.modality for s in samples])
-    return hidden.cpu(), Batch(tuple(s.index for s in samples), modality, move(kept, torch.device("cpu")))
+    cpu = torch.device("cpu")
+    return hidden.cpu(), Batch(tuple(s.index for s in samples), modality, move(kept, cpu), move(wanted, cpu))
 
 
 def move(value: Any, device: torch.device) -> Any:
@@ -105,6 +123,11 @@ def linear_input(
     finally:
         handle.remove()
     return caught[0]
+
+
+def require_grad(output: Tensor) -> Tensor:
+    """`change` of `output_taps` under autograd: the outputs of the first linears start the graph."""
+    return output if output.requires_grad else output.requires_grad_()
 
 
 @contextmanager

@@ -41,7 +41,7 @@ def finish_run(run: Run, layers: list[LayerResult], started: float) -> RunReport
     )
     write_report(report_folder, report)
     with _Replacing(run.out, run.overwrite):
-        write_checkpoint(run.plan.source, run.out, run.work.packed(), spec, report_folder)
+        write_checkpoint(run.plan.source, run.out, run.work.packed(), spec, report_folder, run.work.all_changed())
     run.work.remove()
     run.progress.advance()
     return report

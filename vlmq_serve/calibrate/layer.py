@@ -9,28 +9,38 @@ import torch
 from torch import Tensor, nn
 
 from vlmq_serve.calibrate.block import BlockRun, advance_streams, quantize_block
-from vlmq_serve.calibrate.families.adapter import ModelAdapter
+from vlmq_serve.calibrate.equalize import ChannelSearch, TokenError
 from vlmq_serve.calibrate.importance import TokenImportance
 from vlmq_serve.calibrate.linear import write_weight
-from vlmq_serve.calibrate.plan import LinearPlan
+from vlmq_serve.calibrate.plan import LinearPlan, Plan
 from vlmq_serve.calibrate.recipe import Recipe
 from vlmq_serve.calibrate.report import Errors, LayerResult, LinearResult, peak_memory_mib
+from vlmq_serve.calibrate.signals import LayerSignals
+from vlmq_serve.calibrate.solvers.solution import SolverOptions
+from vlmq_serve.calibrate.sources import measure_importance
 from vlmq_serve.calibrate.streams import Streams
+from vlmq_serve.calibrate.work import WorkFolder
 from vlmq_serve.format.weight import PackedWeight
 
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """Packed weights by source name, the report, and token weights kept for pictures (sample to fp32 [taps, T])."""
+    """Packed weights and changed dense tensors by source name, the report, and token weights kept for pictures (sample
+    to fp32 [taps, T])."""
 
     packed: dict[str, PackedWeight]
+    changed: dict[str, Tensor]
     result: LayerResult
     saliency: dict[int, Tensor]
 
 
 @torch.no_grad()
 def quantize_layer(
-    layer: nn.Module, linears: Mapping[str, LinearPlan], adapter: ModelAdapter, recipe: Recipe, streams: Streams
+    layer: nn.Module,
+    linears: Mapping[str, LinearPlan],
+    plan: Plan,
+    streams: Streams,
+    signals: LayerSignals,
 ) -> QuantizedLayer:
     """Quantize `layer` in place (dequantized weights) and move both streams behind it."""
     started = perf_counter()
@@ -38,38 +48,51 @@ def quantize_layer(
     full = copy.deepcopy(layer)
     packed: dict[str, PackedWeight] = {}
     results: list[LinearResult] = []
-    importance: dict[str, TokenImportance] = {}
     errors: Errors = {}
-    for block in adapter.blocks:
-        run = BlockRun(layer, full, block, linears, recipe, streams)
+    recipe = plan.recipe
+    importance = measure_importance(full, plan.adapter, recipe, plan.weighted, streams, signals.gradients)
+    importance |= signals.importance
+    changed: dict[str, Tensor] = {}
+    for number, block in enumerate(plan.adapter.blocks):
+        search = channel_search(recipe, linears, signals.errors[number]) if signals.errors else None
+        run = BlockRun(layer, full, block, linears, recipe, streams, importance, search, signals.percentile)
         errors = quantize_block(run)
         packed |= run.packed
+        changed |= run.folded.changed
         results += run.results.values()
-        importance |= run.importance
     layer.to("cpu")
     index = next(iter(linears.values())).layer
+    if plan.adapter.behind_layer is not None:
+        streams.pass_layer(index, plan.adapter.behind_layer)
     seconds = round(perf_counter() - started, 3)
     result = LayerResult(index, tuple(results), errors, seconds, peak_memory_mib())
-    return QuantizedLayer(packed, result, keep_saliency(importance, streams, recipe.save_saliency))
+    named = {plan.tensor_name(index, name): value.cpu() for name, value in changed.items()}
+    return QuantizedLayer(packed, named, result, keep_saliency(importance, streams, recipe.save_saliency))
 
 
 @torch.no_grad()
 def restore_layer(
     layer: nn.Module,
     linears: Mapping[str, LinearPlan],
-    adapter: ModelAdapter,
-    packed: Mapping[str, PackedWeight],
+    plan: Plan,
+    work: WorkFolder,
     streams: Streams,
 ) -> None:
     """Put stored weights of an earlier run into `layer` and move both streams behind it."""
     layer.to(streams.device)
     full = copy.deepcopy(layer)
-    for plan in linears.values():
-        if plan.scheme is not None:
-            write_weight(layer, plan, packed[plan.name])
-    for block in adapter.blocks:
+    packed, index = work.packed(), next(iter(linears.values())).layer
+    for linear in linears.values():
+        if linear.scheme is not None:
+            write_weight(layer, linear, packed[linear.name])
+    prefix = plan.tensor_name(index, "")
+    for name, value in work.changed(index).items():
+        layer.get_parameter(name.removeprefix(prefix)).data.copy_(value)
+    for block in plan.adapter.blocks:
         advance_streams(layer, full, block, (), streams)
     layer.to("cpu")
+    if plan.adapter.behind_layer is not None:
+        streams.pass_layer(index, plan.adapter.behind_layer)
 
 
 def keep_saliency(importance: Mapping[str, TokenImportance], streams: Streams, count: int) -> dict[int, Tensor]:
@@ -80,3 +103,10 @@ def keep_saliency(importance: Mapping[str, TokenImportance], streams: Streams, c
             if index < count:
                 kept[index] = torch.stack([weights.weights[position][row] for weights in importance.values()])
     return kept
+
+
+def channel_search(recipe: Recipe, linears: Mapping[str, LinearPlan], error: TokenError) -> ChannelSearch:
+    """The search of the recipe; it rounds with the recipe's grid, or a min-max one where that needs a Hessian."""
+    grid = recipe.grid if recipe.grid in ("minmax", "mse") else "minmax"
+    dtype = next(iter(linears.values())).dtype
+    return ChannelSearch(error, SolverOptions(dtype, grid), recipe.searches_exposed)

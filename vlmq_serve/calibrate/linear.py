@@ -19,20 +19,28 @@ def solve(
     recipe: Recipe,
     statistics: Statistics | None,
     factors: dict[int, InverseFactor],
+    percentile: float | None = None,
 ) -> Solution:
-    """Run the recipe's solver on one weight [N, K] (fp32); `factors` keeps what linears with one Hessian share."""
+    """Run the recipe's solver on one weight [N, K] (fp32); `factors` keeps what linears with one Hessian share.
+
+    `percentile` is what Q-VLM has found for the layer.
+    """
     if plan.scheme is None:
         raise RuntimeError(f"{plan.name} is not to be quantized")
     options = SolverOptions(plan.dtype, recipe.grid, recipe.percdamp, recipe.act_order, recipe.alpha)
+    if percentile is not None:
+        return solve_rtn(weight, plan.scheme, SolverOptions(plan.dtype, "percentile", percentile=percentile))
+    solver = recipe.solver(plan.scheme.bits)
+    if solver == "rtn":
+        return solve_rtn(weight, plan.scheme, options, statistics.hessian if statistics else None)
     if statistics is None:
-        return solve_rtn(weight, plan.scheme, options)
+        raise RuntimeError(f"{plan.name}: {solver} needs statistics")
     try:
         if id(statistics) not in factors:
             factors[id(statistics)] = factor_inverse(statistics.hessian, options.percdamp, options.act_order)
     except VLMQError as error:
         raise VLMQError(f"{plan.name}: {error}") from None
-    residual = recipe.uses_residual(plan.scheme.bits)
-    return solve_gptq(weight, statistics, plan.scheme, options, residual, factors[id(statistics)])
+    return solve_gptq(weight, statistics, plan.scheme, options, solver == "gptaq", factors[id(statistics)])
 
 
 def write_weight(layer: nn.Module, plan: LinearPlan, packed: PackedWeight) -> None:

@@ -6,16 +6,19 @@ from time import perf_counter
 
 from torch import nn
 
+from vlmq_serve.calibrate.cross_entropy import AnswerGradients
 from vlmq_serve.calibrate.data import CalibrationData, SampleFeed, load_data
 from vlmq_serve.calibrate.finish import finish_run
 from vlmq_serve.calibrate.layer import quantize_layer, restore_layer
 from vlmq_serve.calibrate.loading import choose_device, choose_dtype, hash_weights, load_model, load_processor
+from vlmq_serve.calibrate.percentiles import find_blocks, search_percentiles
 from vlmq_serve.calibrate.plan import Plan, make_plan
 from vlmq_serve.calibrate.progress import Progress, SilentProgress
 from vlmq_serve.calibrate.recipe import Recipe
 from vlmq_serve.calibrate.report import REPORT_FOLDER, RUN_FILE, LayerResult, RunReport
 from vlmq_serve.calibrate.rounding import round_layers
 from vlmq_serve.calibrate.run import Run
+from vlmq_serve.calibrate.signals import LayerSignals, layer_signals
 from vlmq_serve.calibrate.streams import Streams, capture_streams
 from vlmq_serve.calibrate.work import WorkFolder
 from vlmq_serve.format.errors import VLMQError
@@ -93,10 +96,16 @@ def _calibrate(run: Run, data: CalibrationData) -> list[LayerResult]:
     run.seconds["load"] = perf_counter() - started
     run.progress.stage("read images and questions", len(data.chats))
     started = perf_counter()
-    streams = capture_streams(model, adapter, feed, device, recipe.batch_tokens, run.progress)
+    layers = adapter.decoder_layers(model)
+    gradients = None
+    if recipe.needs_answer_gradients:
+        gradients = AnswerGradients(model, layers, adapter.linears, device)
+    watch = gradients.add if gradients else None
+    streams = capture_streams(model, adapter, feed, device, recipe.batch_tokens, run.progress, watch)
+    model.to("cpu")
     run.seconds["capture"] = perf_counter() - started
     _describe_data(run, data, feed, streams)
-    return _run_layers(run, adapter.decoder_layers(model), streams)
+    return _run_layers(run, layers, streams, gradients)
 
 
 def _describe_data(run: Run, data: CalibrationData, feed: SampleFeed, streams: Streams) -> None:
@@ -116,25 +125,33 @@ def _describe_data(run: Run, data: CalibrationData, feed: SampleFeed, streams: S
     }
     run.details["saliency"] = {
         "samples": feed.kept_lines(),
-        "taps": list(run.plan.adapter.importance_taps),
+        "taps": list(run.plan.weighted),
         "grids": feed.grids,
         "modality": feed.modality,
     }
 
 
-def _run_layers(run: Run, layers: nn.ModuleList, streams: Streams) -> list[LayerResult]:
+def _run_layers(
+    run: Run, layers: nn.ModuleList, streams: Streams, gradients: AnswerGradients | None
+) -> list[LayerResult]:
     run.work.prepare(run.resume)
     results = run.work.finished()
     if results:
         run.note(f"resumed after {len(results)} of {run.plan.layers} layers")
+    signals = layer_signals(run.plan, streams, gradients.layers if gradients else None)
     run.progress.stage("quantize layers", run.plan.layers)
     started = perf_counter()
+    blocks = find_blocks(list(layers), run.plan, streams) if run.plan.recipe.method == "qvlm" else {}
     for index, linears in enumerate(run.plan.by_layer):
+        if index in blocks and blocks[index] > len(results):  # some layer of the block is still to be done
+            found = search_percentiles(list(layers[index : blocks[index]]), index, run.plan, streams)
+            signals[index : blocks[index]] = [LayerSignals(percentile=p) for p in found]
+            run.details.setdefault("percentiles", {})[str(index)] = list(found)
         if index < len(results):
-            restore_layer(layers[index], linears, run.plan.adapter, run.work.packed(), streams)
+            restore_layer(layers[index], linears, run.plan, run.work, streams)
         else:
-            done = quantize_layer(layers[index], linears, run.plan.adapter, run.plan.recipe, streams)
-            run.work.store(done.result, done.packed, done.saliency)
+            done = quantize_layer(layers[index], linears, run.plan, streams, signals[index])
+            run.work.store(done.result, done.packed, done.saliency, done.changed)
             results.append(done.result)
         layers[index] = nn.Identity()  # frees the layer: nothing reads it any more
         error = results[index].errors.get("all")

@@ -10,6 +10,7 @@ from vlmq_serve.calibrate.families import find_adapter
 from vlmq_serve.calibrate.families.adapter import ModelAdapter
 from vlmq_serve.calibrate.loading import choose_device, choose_dtype, resolve_model
 from vlmq_serve.calibrate.recipe import Recipe
+from vlmq_serve.calibrate.sources import taps_of
 from vlmq_serve.format.config import QuantizationSpec
 from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.format.headers import TensorInfo, read_json, read_tensor_index
@@ -66,6 +67,21 @@ class Plan:
     def bytes_after(self) -> int:
         return self.bytes_before - sum(linear.bytes_before - linear.bytes_after for linear in self.linears)
 
+    def tensor_name(self, layer: int, local: str) -> str:
+        """Name in the source's files of a layer's own tensor."""
+        return f"{self.layer_prefix}.{layer}.{local}"
+
+    @cached_property
+    def weighted(self) -> tuple[str, ...]:
+        """Local names of the linears whose tokens are weighted, in order."""
+        if self.recipe.method != "vlmq":
+            return ()
+        taps = taps_of(self.adapter, self.recipe.importance)
+        chosen = self.recipe.weighted
+        if chosen is None:
+            return tuple(name for name in taps if name in self.adapter.importance_taps)
+        return tuple(name for name in taps if any(is_under(name, entry) for entry in chosen))
+
     @cached_property
     def by_layer(self) -> tuple[dict[str, LinearPlan], ...]:
         """Per layer, its linears by local name."""
@@ -91,6 +107,8 @@ def make_plan(model: str | Path, recipe: Recipe) -> Plan:
     """Check model and recipe against each other; every misfit is one `VLMQError`."""
     source = resolve_model(model)
     adapter = find_adapter(source)
+    if recipe.ignore is None:
+        recipe = recipe.model_copy(update={"ignore": adapter.left_alone})
     if "quantization_config" in read_json(source / "config.json"):
         raise VLMQError(f"{source}: is quantized already (quantization_config in config.json); give the original model")
     tensors = read_tensor_index(source)
@@ -105,10 +123,11 @@ def make_plan(model: str | Path, recipe: Recipe) -> Plan:
         for local in adapter.linears
     )
     _check_names(recipe, [linear.name for linear in linears], tensors)
+    _check_weighted(recipe, adapter)
     spec.check_fused(linear.name for linear in linears)
     plan = Plan(source, adapter, recipe, linears, layers, prefix, sum(t.nbytes for t in tensors.values()))
     if not plan.quantized:
-        raise VLMQError(f"ignore: {list(recipe.ignore)} leaves no decoder linear to quantize; remove entries")
+        raise VLMQError(f"ignore: {list(recipe.ignore or ())} leaves no decoder linear to quantize; remove entries")
     return plan
 
 
@@ -118,7 +137,7 @@ def make_spec(recipe: Recipe, hashes: dict[str, str], producer: str = "unknown")
         mode="json", exclude={"bits", "group_size", "symmetric", "overrides", "ignore", "method"}
     )
     return QuantizationSpec(
-        recipe.scheme, recipe.override_schemes, recipe.ignore, recipe.method, settings, producer, hashes
+        recipe.scheme, recipe.override_schemes, recipe.ignore or (), recipe.method, settings, producer, hashes
     )
 
 
@@ -146,9 +165,18 @@ def _check_names(recipe: Recipe, linears: list[str], tensors: dict[str, TensorIn
             raise VLMQError(
                 f"overrides: {entry!r} fits no decoder linear; names look like {linears[0]!r} or 'down_proj'"
             )
-    for entry in recipe.ignore:
+    for entry in recipe.ignore or ():
         # lm_head has no tensor of its own where it is tied to the embeddings.
         if entry != "lm_head" and not any(is_under(name, entry) for name in tensors):
             raise VLMQError(
                 f"ignore: {entry!r} fits no module; names look like {linears[0]!r}, 'visual' or 'down_proj'"
+            )
+
+
+def _check_weighted(recipe: Recipe, adapter: ModelAdapter) -> None:
+    taps = taps_of(adapter, recipe.importance)
+    for entry in recipe.weighted or ():
+        if not any(is_under(name, entry) for name in taps):
+            raise VLMQError(
+                f"weighted: {entry!r} has no gradient of the {recipe.importance} loss; it has some at {', '.join(taps)}"
             )

@@ -4,12 +4,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.format.scheme import Scheme
 
-Method = Literal["rtn", "gptq", "gptaq", "vlmq"]
+Method = Literal["rtn", "awq", "mbq", "tlq", "qvlm", "gptq", "gptaq", "vlmq"]
+Solver = Literal["rtn", "gptq", "gptaq"]
+ImportanceSource = Literal["attention", "attention_heads", "layer", "cross_entropy"]
+
+_BASES = {
+    "vlmq": ("auto", "gptq", "gptaq"),
+    # No gptaq: its residual compares inputs, and folded scales change those of the quantized path.
+    "awq": ("auto", "rtn", "gptq"),
+    "mbq": ("auto", "rtn", "gptq"),
+    "tlq": ("auto", "rtn", "gptq"),
+}
 
 
 class SchemeOverride(BaseModel):
@@ -27,15 +37,15 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    method: Method = Field("vlmq", description="rtn needs no data; gptq, gptaq and vlmq do")
+    method: Method = Field("vlmq", description="rtn needs no data, the others do")
     bits: int = Field(4, description="2, 3, 4 or 8")
     group_size: int = Field(128, description="weights that share a scale: 32, 64, 128, or -1 for a whole row")
     symmetric: bool = Field(False, description="fixed zero point 2^(bits-1) instead of one per group")
     overrides: dict[str, SchemeOverride] = Field(
         default_factory=dict, description="other schemes by module name; leading parents may be left out: down_proj"
     )
-    ignore: tuple[str, ...] = Field(
-        ("visual", "lm_head"), description="modules left as they are: the vision tower (merger included) and lm_head"
+    ignore: tuple[str, ...] | None = Field(
+        None, description="modules left as they are; default: the vision tower, what joins it to the decoder, lm_head"
     )
     samples: int = Field(512, ge=1, description="chats drawn from the data file; all of it if it holds fewer")
     seed: int = Field(0, description="of the draw")
@@ -43,14 +53,42 @@ class Recipe(BaseModel):
         None, ge=1, description="drop longer samples (never cut: vision tokens belong together)"
     )
     allow_text_only: bool = Field(False, description="accept chats without an image")
-    grid: Literal["minmax", "mse"] = Field("minmax", description="range of each group's grid: full, or of least error")
+    grid: Literal["minmax", "mse", "diagonal", "output"] = Field(
+        "minmax",
+        description="range of each group's grid: full, or of least error of the weights (mse), of the weights times "
+        "the inputs' power (diagonal), of the group's outputs (output)",
+    )
     percdamp: float = Field(0.01, gt=0, le=1, description="damping relative to the Hessian's mean diagonal")
     act_order: bool = Field(True, description="columns by falling diagonal; grids are then fixed beforehand (static)")
     alpha: float = Field(0.25, ge=0, le=1, description="strength of the asymmetric residual term (GPTAQ)")
-    base: Literal["auto", "gptq", "gptaq"] = Field(
-        "auto", description="solver under vlmq; auto: gptaq, but gptq at 2 bits, as the paper"
+    base: Literal["auto", "rtn", "gptq", "gptaq"] = Field(
+        "auto",
+        description="solver under vlmq (auto: gptaq, but gptq at 2 bits), awq, mbq and tlq (auto: rtn)",
     )
-    exponent: Literal[1, 2] = Field(1, description="token weight = importance^exponent; 1: H = X G X^T (VLMQ v1)")
+    exposed: bool | None = Field(
+        None, description="search channel scales with the quantized path's inputs; default: tlq yes, awq and mbq no"
+    )
+    token_budget: int | None = Field(
+        None, ge=1, description="tokens that tlq keeps per block, over all samples; default: half of them"
+    )
+    exponent: float = Field(
+        1,
+        gt=0,
+        le=2,
+        description="token weight = importance^exponent; 1: H = X G X^T (VLMQ v1); below 1: milder",
+    )
+    importance: ImportanceSource = Field(
+        "attention",
+        description="loss whose gradients weigh tokens: of the attention block, at the input of o_proj, of the decoder "
+        "layer, or the answers' cross-entropy",
+    )
+    weighted: tuple[str, ...] | None = Field(
+        None, description="linears with token weights, such as [v_proj, o_proj]; default: those of the attention"
+    )
+    per_sample: bool = Field(False, description="token weights have mean 1 in every sample, not only over all")
+    dependency_threshold: float | None = Field(
+        None, description="h0 of qvlm: neighbouring layers of larger entropy are searched together; default: its mean"
+    )
     batch_tokens: int = Field(4096, ge=1, description="tokens of equally long samples that go through a layer at once")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
@@ -83,15 +121,49 @@ class Recipe(BaseModel):
             for name, entry in self.overrides.items()
         }
 
+    @model_validator(mode="after")
+    def _check_base(self) -> "Recipe":
+        allowed = _BASES.get(self.method, ("auto",))
+        if self.base not in allowed:
+            raise ValueError(f"base: got {self.base!r}, method {self.method} allows {', '.join(allowed)}")
+        return self
+
     @property
     def needs_data(self) -> bool:
-        return self.method != "rtn"
+        return self.method != "rtn" or self.grid in ("diagonal", "output")
+
+    def solver(self, bits: int) -> Solver:
+        """What rounds a linear of this width."""
+        if self.method in ("rtn", "gptq", "gptaq"):
+            return self.method
+        if self.base != "auto":
+            return self.base
+        if self.method == "vlmq":
+            return "gptaq" if bits > 2 else "gptq"
+        return "rtn"
+
+    @property
+    def equalizes(self) -> bool:
+        """Whether channel scales are searched and folded before rounding."""
+        return self.method in ("awq", "mbq", "tlq")
+
+    @property
+    def searches_exposed(self) -> bool:
+        """Whether channel scales are judged on the quantized path's inputs."""
+        return self.method == "tlq" if self.exposed is None else self.exposed
+
+    def needs_statistics(self, bits: int) -> bool:
+        """Whether rounding a linear of this width needs the Hessian of its inputs."""
+        return self.solver(bits) != "rtn" or self.grid in ("diagonal", "output")
+
+    @property
+    def needs_answer_gradients(self) -> bool:
+        """Whether the cross-entropy runs through the whole model before the layers are quantized."""
+        return self.method in ("mbq", "tlq") or (self.method == "vlmq" and self.importance == "cross_entropy")
 
     def uses_residual(self, bits: int) -> bool:
         """Whether a linear of this width is solved with the asymmetric residual term."""
-        if self.method == "vlmq":
-            return self.base == "gptaq" or (self.base == "auto" and bits > 2)
-        return self.method == "gptaq"
+        return self.solver(bits) == "gptaq"
 
 
 def make_recipe(**settings: Any) -> Recipe:

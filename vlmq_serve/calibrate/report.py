@@ -19,7 +19,7 @@ LAYER_ROW = "layer"
 Errors = Mapping[str, float | None]
 _COLUMNS = (
     "layer", "module", "scheme", *(f"error_{m}" for m in (*MODALITIES, ALL)), "weight_error", "damping",
-    *(f"importance_{m}" for m in MODALITIES), "uniform_importance", "seconds", "peak_memory_mib",
+    *(f"importance_{m}" for m in MODALITIES), "uniform_importance", "effective_tokens", "seconds", "peak_memory_mib",
 )  # fmt: skip
 
 
@@ -28,7 +28,8 @@ class LinearResult:
     """One linear: relative squared output errors by modality, relative squared weight error, what the solver needed.
 
     `importance` is the mean token weight per modality (1 everywhere: no preference); empty where tokens were not
-    weighted. `uniform_importance`: weighting was asked for, but all gradients were zero.
+    weighted. `effective_tokens`: how many equally weighted tokens they amount to. `uniform_importance`: weighting
+    was asked for, but all gradients were zero.
     """
 
     name: str
@@ -38,6 +39,7 @@ class LinearResult:
     damping: float = 0.0
     importance: Errors = field(default_factory=dict)
     uniform_importance: bool = False
+    effective_tokens: float | None = None
     seconds: float = 0.0
 
 
@@ -65,7 +67,8 @@ class LayerResult:
                 "layer": self.index, "module": linear.name, "scheme": linear.scheme,
                 **{f"error_{m}": v for m, v in linear.errors.items()}, "weight_error": linear.weight_error,
                 "damping": linear.damping, **{f"importance_{m}": v for m, v in linear.importance.items()},
-                "uniform_importance": linear.uniform_importance, "seconds": linear.seconds,
+                "uniform_importance": linear.uniform_importance, "effective_tokens": linear.effective_tokens,
+                "seconds": linear.seconds,
             }  # fmt: skip
         yield {
             "layer": self.index, "module": LAYER_ROW, **{f"error_{m}": v for m, v in self.errors.items()},

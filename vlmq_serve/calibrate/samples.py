@@ -93,20 +93,30 @@ def _render(processor: Any, chat: Chat, turns: int, generation_prompt: bool) -> 
 
 
 def _expand(plain_ids: list[int], plain: list[int], ids: list[int], image_token: int, where: str) -> list[int]:
-    """Modalities after the processor turned each image placeholder into one token per patch group."""
+    """Modalities after the processor turned each image placeholder into one token per patch group.
+
+    Some processors put a token before and one behind an image's tokens; these count as prompt.
+    """
     modality: list[int] = []
+    behind_image = False
     for token, kind in zip(plain_ids, plain, strict=True):
         if token == image_token:
+            if ids[len(modality) : len(modality) + 1] != [image_token]:
+                modality.append(PROMPT)
             run = len(modality)
             while run < len(ids) and ids[run] == image_token:
                 run += 1
             modality += [VISION] * (run - len(modality))
-        elif len(modality) < len(ids) and ids[len(modality)] == token:
-            modality.append(kind)
-        else:
+            behind_image = True
+            continue
+        if behind_image and ids[len(modality) : len(modality) + 1] != [token]:
+            modality.append(PROMPT)
+        behind_image = False
+        if ids[len(modality) : len(modality) + 1] != [token]:
             raise VLMQError(
                 f"{where}: the processor's tokens do not follow the chat template's text at {len(modality)}"
             )
+        modality.append(kind)
     if len(modality) != len(ids):
         raise VLMQError(
             f"{where}: the processor gave {len(ids)} tokens, the chat template accounts for {len(modality)}"

@@ -1,6 +1,6 @@
 """The two activation streams: hidden states of the full-precision path and of the quantized path."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmq_serve.calibrate.capture import Batch, capture_first_inputs, group_by_length, move
-from vlmq_serve.calibrate.families.adapter import ModelAdapter
+from vlmq_serve.calibrate.families.adapter import BehindLayer, ModelAdapter
 from vlmq_serve.calibrate.progress import Progress
 from vlmq_serve.calibrate.samples import MODALITIES, CalibrationSample
 
@@ -42,6 +42,12 @@ class Streams:
         """Replace a batch's hidden states by those that leave the layer."""
         self.full[position], self.quantized[position] = full.cpu(), quantized.cpu()
 
+    def pass_layer(self, index: int, behind_layer: BehindLayer) -> None:
+        """What the family does to the hidden states behind decoder layer `index`, on both paths."""
+        for position, batch in enumerate(self.batches):
+            for path in (self.full, self.quantized):
+                path[position] = behind_layer(index, path[position], batch.decoder_inputs)
+
     def count_tokens(self) -> dict[str, int]:
         """Tokens per modality."""
         counts = torch.zeros(len(MODALITIES), dtype=torch.long)
@@ -57,18 +63,23 @@ def capture_streams(
     device: torch.device,
     batch_tokens: int,
     progress: Progress,
+    watch: Callable[[list[CalibrationSample]], None] | None = None,
 ) -> Streams:
-    """Run embeddings and vision tower over the samples; both streams start equal."""
+    """Run embeddings and vision tower over the samples; both streams start equal.
+
+    `watch` sees every batch of samples in the order of the streams.
+    """
     streams = Streams(device)
-    first_layer = adapter.decoder_layers(model)[0]
     parts = [model.get_submodule(path) for path in adapter.before_layers]
     for part in parts:
         part.to(device)
     for group in group_by_length(samples, batch_tokens):
-        hidden, batch = capture_first_inputs(model, first_layer, group, device)
+        hidden, batch = capture_first_inputs(model, adapter, group, device)
         streams.batches.append(batch)
         streams.full.append(hidden)
         streams.quantized.append(hidden)
+        if watch is not None:
+            watch(group)
         for sample in group:
             progress.advance(sample.where)
     for part in parts:

@@ -59,12 +59,22 @@ class WorkFolder:
             results.append(LayerResult.from_dict(read_json(self._record(len(results)))))
         return results
 
-    def store(self, result: LayerResult, packed: Mapping[str, PackedWeight], saliency: Mapping[int, Tensor]) -> None:
-        """Keep a layer; its record is written last, so that a record means a whole layer."""
+    def store(
+        self,
+        result: LayerResult,
+        packed: Mapping[str, PackedWeight],
+        saliency: Mapping[int, Tensor],
+        changed: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Keep a layer; its record is written last, so that a record means a whole layer.
+
+        `changed`: dense tensors that a method has folded scales into, by source name.
+        """
         tensors: dict[str, Tensor] = {}
         for name, weight in packed.items():
             tensors.update(weight.tensors(name))
         _save(tensors, self._weights(result.index))
+        _save(changed or {}, self._changed(result.index))
         _save({str(index): weights.contiguous() for index, weights in saliency.items()}, self._saliency(result.index))
         write_json(self._record(result.index), result.to_dict())
 
@@ -72,6 +82,15 @@ class WorkFolder:
         """Token weights kept per layer: sample index to fp32 [taps, T]."""
         loaded = (load_file(self._saliency(i)) for i in range(self._plan.layers))
         return [{int(index): weights for index, weights in layer.items()} for layer in loaded]
+
+    def changed(self, index: int) -> dict[str, Tensor]:
+        """Changed dense tensors of a layer by source name."""
+        path = self._changed(index)
+        return load_file(path) if path.exists() else {}
+
+    def all_changed(self) -> dict[str, Tensor]:
+        """Changed dense tensors of all layers: norms and biases, which are small."""
+        return {name: value for i in range(self._plan.layers) for name, value in self.changed(i).items()}
 
     def packed(self) -> "PackedLayers":
         return PackedLayers(self._plan, self._weights)
@@ -84,6 +103,9 @@ class WorkFolder:
 
     def _weights(self, index: int) -> Path:
         return self.path / f"layer-{index:03d}.safetensors"
+
+    def _changed(self, index: int) -> Path:
+        return self.path / f"layer-{index:03d}.changed.safetensors"
 
     def _saliency(self, index: int) -> Path:
         return self.path / f"layer-{index:03d}.saliency.safetensors"
@@ -115,7 +137,7 @@ class PackedLayers(Mapping[str, PackedWeight]):
             return PackedWeight(file.get_tensor(f"{name}.qweight"), file.get_tensor(f"{name}.scales"), zeros, scheme)
 
 
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     staging = path.with_name(path.name + ".writing")
     save_file({name: tensor.cpu() for name, tensor in tensors.items()}, staging)
     os.replace(staging, path)

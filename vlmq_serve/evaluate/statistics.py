@@ -64,3 +64,27 @@ def by_task(tasks: Sequence[str], correct: Sequence[bool]) -> dict[str, Proporti
         hits = [c for t, c in zip(tasks, correct, strict=True) if t == task]
         result[task] = Proportion(sum(hits), len(hits))
     return result
+
+
+def crossed_mean(table: Sequence[Sequence[float]]) -> Difference:
+    """Mean of values [seeds][questions] with a 95 % interval over both: other questions, other calibration seeds.
+
+    Every seed answers the same questions, so the variance of the mean is that of question means over their number plus
+    that of seed means over theirs (the pigeonhole bootstrap's estimate, Owen 2007, errs on the wide side). With one
+    seed only the questions count. Raises ValueError on rows of different lengths or fewer than 2 questions.
+    """
+    questions = len(table[0]) if table else 0
+    if questions < 2 or any(len(row) != questions for row in table):
+        raise ValueError(f"crossed mean: got rows of {[len(row) for row in table]}, needs equal ones of >= 2")
+    by_seed = [sum(row) / questions for row in table]
+    by_question = [sum(column) / len(table) for column in zip(*table, strict=True)]
+    mean = sum(by_seed) / len(table)
+    variance = _variance_of_mean(by_question, mean)
+    if len(table) > 1:
+        variance += _variance_of_mean(by_seed, mean)
+    half = Z95 * math.sqrt(variance)
+    return Difference(mean, mean - half, mean + half)
+
+
+def _variance_of_mean(values: Sequence[float], mean: float) -> float:
+    return sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values)

@@ -50,8 +50,12 @@ def write_checkpoint(
     packed: Mapping[str, PackedWeight],
     spec: QuantizationSpec,
     report: Path | None = None,
+    changed: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Write `out` as a copy of the model folder `source` with the weights of `packed` replaced.
+
+    `changed` holds dense tensors that take the place of the source's by full name: norms and biases into which a
+    method has folded scales. They are stored in the dtype of the source.
 
     `packed` maps linear names as they stand in the source (`X` for the tensor `X.weight`); it may load lazily, one
     shard's worth is held at a time. Files other than weights and config.json are copied byte for byte; a `report`
@@ -61,13 +65,16 @@ def write_checkpoint(
     tensors = read_tensor_index(source)
     config = read_json(source / "config.json")
     _check_request(source, out, packed, spec, tensors, config)
+    _check_changed(source, changed or {}, tensors)
     staging = out.with_name(out.name + ".writing")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
         _copy_other_files(source, staging)
         weight_map: dict[str, str] = {}
-        total = sum(_write_shard(path, staging / path.name, packed, weight_map) for path in shard_files(source))
+        total = sum(
+            _write_shard(path, staging / path.name, packed, changed or {}, weight_map) for path in shard_files(source)
+        )
         if (source / INDEX_FILE).exists():
             _write_json(staging / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
         hashed = replace(spec, hashes={**spec.hashes, NAMES_HASH: hash_names(weight_map)})
@@ -106,6 +113,13 @@ def _check_request(
         raise VLMQError(f"{parent}: {free / 2**30:.1f} GiB free, up to {need / 2**30:.1f} GiB needed; free some space")
 
 
+def _check_changed(source: Path, changed: Mapping[str, torch.Tensor], tensors: Mapping[str, TensorInfo]) -> None:
+    for name, tensor in changed.items():
+        if name not in tensors or tensors[name].shape != tuple(tensor.shape):
+            found = tensors[name].shape if name in tensors else "no such tensor"
+            raise VLMQError(f"{source}: changed tensor {name!r} of shape {tuple(tensor.shape)}, the source has {found}")
+
+
 def _copy_other_files(source: Path, staging: Path) -> None:
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
@@ -118,7 +132,13 @@ def _copy_other_files(source: Path, staging: Path) -> None:
         shutil.copyfile(path, target)
 
 
-def _write_shard(path: Path, target: Path, packed: Mapping[str, PackedWeight], weight_map: dict[str, str]) -> int:
+def _write_shard(
+    path: Path,
+    target: Path,
+    packed: Mapping[str, PackedWeight],
+    changed: Mapping[str, torch.Tensor],
+    weight_map: dict[str, str],
+) -> int:
     """Write one shard and note its tensors in `weight_map`; returns the bytes of its tensors."""
     infos, metadata = read_header(path)
     tensors: dict[str, torch.Tensor] = {}
@@ -132,6 +152,8 @@ def _write_shard(path: Path, target: Path, packed: Mapping[str, PackedWeight], w
                 tensors.update(weight.tensors(name))
             else:
                 tensors[key] = shard.get_tensor(key)
+                if key in changed:
+                    tensors[key] = changed[key].to(tensors[key].dtype)
     save_file(tensors, target, metadata or {"format": "pt"})
     weight_map.update(dict.fromkeys(tensors, target.name))
     return sum(t.numel() * t.element_size() for t in tensors.values())

@@ -42,6 +42,11 @@ def choose_path(bits: int, dtype: torch.dtype, device: torch.device, forced: str
     return path
 
 
+def available_paths(bits: int, dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
+    """Every path that can serve this case, the reference included."""
+    return tuple(p for p in PATHS if not _refusal(p, bits, dtype, device))
+
+
 def _automatic(bits: int, dtype: torch.dtype, device: torch.device) -> str:
     preferred = (TRITON,) if device.type == "cuda" else (CPU_INT4, CPU_DEQUANT)
     return next((p for p in preferred if not _refusal(p, bits, dtype, device)), REFERENCE)

@@ -3,11 +3,15 @@
 from pathlib import Path
 
 from vlmq_serve.calibrate.families.adapter import ModelAdapter
+from vlmq_serve.calibrate.families.internvl import INTERNVL
+from vlmq_serve.calibrate.families.llava_onevision import LLAVA_ONEVISION
+from vlmq_serve.calibrate.families.qwen2_5_vl import QWEN2_5_VL
 from vlmq_serve.calibrate.families.qwen2_vl import QWEN2_VL
+from vlmq_serve.calibrate.families.qwen3_vl import QWEN3_VL
 from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.format.headers import read_json
 
-ADAPTERS: tuple[ModelAdapter, ...] = (QWEN2_VL,)
+ADAPTERS: tuple[ModelAdapter, ...] = (QWEN2_VL, QWEN2_5_VL, QWEN3_VL, LLAVA_ONEVISION, INTERNVL)
 
 
 def find_adapter(folder: Path) -> ModelAdapter:

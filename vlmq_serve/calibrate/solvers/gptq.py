@@ -13,7 +13,7 @@ from torch import Tensor
 from vlmq_serve.calibrate.hessian import Statistics
 from vlmq_serve.calibrate.solvers.factor import InverseFactor, factor_inverse
 from vlmq_serve.calibrate.solvers.gptaq import residual_correction
-from vlmq_serve.calibrate.solvers.grid import Grid, fit_grid, group_weight, round_to_grid
+from vlmq_serve.calibrate.solvers.grid import Grid, fit_grid, group_metric, group_weight, round_to_grid
 from vlmq_serve.calibrate.solvers.solution import Solution, SolverOptions
 from vlmq_serve.format.scheme import Scheme
 
@@ -40,9 +40,10 @@ def solve_gptq(
         if statistics.residual is None:
             raise RuntimeError("use_residual needs statistics with a residual")
         correction = residual_correction(statistics.residual[order][:, order], factor.upper, options.alpha)
-    sweep = _Sweep(weight[:, order], order, scheme, options)
+    metric = group_metric(statistics.hessian, options.grid, scheme.num_groups(weight.shape[1]))
+    sweep = _Sweep(weight[:, order], order, scheme, options, metric)
     if options.act_order:
-        sweep.set_grid(fit_grid(group_weight(weight, scheme), scheme, options.scale_dtype, options.grid))
+        sweep.set_grid(fit_grid(group_weight(weight, scheme), scheme, options.scale_dtype, options.grid, metric))
     sweep.run(factor.upper, correction)
     codes = torch.empty_like(sweep.codes)
     codes[:, order] = sweep.codes
@@ -52,12 +53,14 @@ def solve_gptq(
 class _Sweep:
     """State of one pass over the columns of a weight whose columns are already in processing order."""
 
-    def __init__(self, weight: Tensor, order: Tensor, scheme: Scheme, options: SolverOptions) -> None:
+    def __init__(
+        self, weight: Tensor, order: Tensor, scheme: Scheme, options: SolverOptions, metric: Tensor | None
+    ) -> None:
         rows, columns = weight.shape
         groups = scheme.num_groups(columns)
         self.weight = weight.clone()
         self.codes = torch.zeros_like(weight)
-        self.scheme, self.options = scheme, options
+        self.scheme, self.options, self.metric = scheme, options, metric
         self.length = columns // groups
         self.group_of = (order // self.length).tolist()
         self.scales = torch.ones(rows, groups, dtype=options.scale_dtype, device=weight.device)
@@ -101,5 +104,6 @@ class _Sweep:
 
     def _fit_group(self, group: int, first: int) -> None:
         columns = self.weight[:, first : first + self.length]
-        grid = fit_grid(columns, self.scheme, self.options.scale_dtype, self.options.grid)
+        metric = None if self.metric is None else self.metric[group]
+        grid = fit_grid(columns, self.scheme, self.options.scale_dtype, self.options.grid, metric)
         self.scales[:, group], self.zeros[:, group] = grid.scales, grid.zeros

@@ -20,6 +20,7 @@ class SolverOptions:
     act_order: bool = True
     alpha: float = 0.25
     block_size: int = 128
+    percentile: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,12 @@ class Solution:
     grid: Grid
     scheme: Scheme
     damping: float = 0.0
+
+    def dequantize(self) -> Tensor:
+        """The weight [N, K] that the codes stand for, in the codes' dtype."""
+        groups = self.codes.reshape(*self.grid.zeros.shape, -1)
+        scales = self.grid.scales.to(groups)[..., None]
+        return ((groups - self.grid.zeros[..., None]) * scales).reshape(self.codes.shape)
 
     def pack(self) -> PackedWeight:
         """The checkpoint form, on the device of the codes."""

@@ -1,0 +1,176 @@
+"""Measures one variant: calibrate in a process of its own, answer the questions, compare distributions."""
+
+import hashlib
+import json
+import platform
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from vlmq_serve.calibrate.chats import Chat, read_chats
+from vlmq_serve.calibrate.families import find_adapter
+from vlmq_serve.calibrate.loading import hash_weights, load_processor
+from vlmq_serve.calibrate.pipeline import calibrate
+from vlmq_serve.calibrate.plan import make_plan
+from vlmq_serve.calibrate.progress import Progress
+from vlmq_serve.calibrate.recipe import Recipe
+from vlmq_serve.calibrate.report import write_json
+from vlmq_serve.calibrate.samples import CalibrationSample, build_samples
+from vlmq_serve.evaluate.answers import answer_locally
+from vlmq_serve.evaluate.divergence import Divergence, measure_divergence
+from vlmq_serve.evaluate.loading import load_model
+from vlmq_serve.evaluate.quality.variants import Variant
+from vlmq_serve.evaluate.run import Evaluation, evaluate_chats, read_evaluation
+
+ShowProgress = Callable[[], AbstractContextManager[Progress]]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Wall-clock seconds and highest memory (MiB) of a calibration, loading included; size of the model on disk."""
+
+    seconds: float = 0.0
+    peak_memory_mib: float = 0.0
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One variant with its answers, its distance from the source model and its cost."""
+
+    variant: Variant
+    evaluation: Evaluation
+    divergence: Divergence
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all variants share. `work` keeps a result per variant, named after all that it depends on."""
+
+    model: Path
+    calibration: Path
+    questions: Path
+    work: Path
+    show: ShowProgress
+    limit: int | None = None
+    divergence_chats: int = 256
+    max_new_tokens: int = 8
+    keep_checkpoints: bool = False
+
+    @cached_property
+    def _inputs(self) -> dict[str, Any]:
+        files = {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (self.calibration, self.questions)
+        }
+        numbers = (self.limit, self.divergence_chats, self.max_new_tokens)
+        return {"weights": hash_weights(self.model), "files": files, "numbers": numbers}
+
+    @cached_property
+    def _reference(self) -> Any:
+        return load_model(self.model)
+
+    def check(self, variants: Sequence[Variant]) -> None:
+        """Every recipe must fit the model and every file be readable before the first variant runs."""
+        for path in (self.calibration, self.questions):
+            read_chats(path)
+        for variant in variants:
+            if variant.recipe is not None:
+                make_plan(self.model, variant.recipe)
+
+    def describe(self) -> list[str]:
+        """What the tables say of their data."""
+        chats = read_chats(self.questions)[: self.limit]
+        compared = min(len(chats), self.divergence_chats)
+        return [
+            f"Model `{self.model.name}`, calibrated on `{self.calibration.name}`, {len(chats)} questions of "
+            f"`{self.questions.name}`, greedy answers in fp32, exact match. 95 % intervals over questions and seeds. "
+            f"KL to bf16: nats per token of {compared} questions with their expected answers. Seconds (median) and "
+            f"peak memory (highest) of one calibration in a process of its own, {device_name()}.",
+        ]
+
+    def record(self, variant: Variant) -> Path:
+        """Where the result of a variant is kept."""
+        settings = None if variant.recipe is None else variant.recipe.model_dump(mode="json")
+        text = json.dumps({**self._inputs, "recipe": settings}, sort_keys=True)
+        return self.work / f"{variant.name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}.json"
+
+    def measure(self, variant: Variant) -> Measured:
+        """The kept result, or a new one."""
+        kept = self.record(variant)
+        if not kept.exists():
+            self.work.mkdir(parents=True, exist_ok=True)
+            folder, cost = self._make(variant, kept.with_suffix(""))
+            answers, divergence = self._question(variant, folder)
+            content = answers.to_json() | {"divergence": asdict(divergence), "cost": asdict(cost)}
+            if folder != self.model and not self.keep_checkpoints:
+                shutil.rmtree(folder)
+            write_json(kept, content)
+        raw = json.loads(kept.read_text(encoding="utf-8"))
+        return Measured(variant, read_evaluation(kept), Divergence(**raw["divergence"]), Cost(**raw["cost"]))
+
+    def _make(self, variant: Variant, folder: Path) -> tuple[Path, Cost]:
+        if variant.recipe is None:
+            return self.model, Cost(bytes=sum(f.stat().st_size for f in self.model.glob("*.safetensors")))
+        shutil.rmtree(folder, ignore_errors=True)  # a checkpoint without its answers: an interrupted run
+        # A process of its own, so that its highest memory is that of this calibration.
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            arguments = (self.model, folder, self.calibration, variant.recipe, self.show)
+            return folder, pool.submit(_calibrate, *arguments).result()
+
+    def _question(self, variant: Variant, folder: Path) -> tuple[Evaluation, Divergence]:
+        model = self._reference if variant.recipe is None else load_model(folder)
+        processor = load_processor(folder)
+
+        def answer(chats: Sequence[Chat]) -> Iterator[str]:
+            replies = answer_locally(model, processor, chats, max_new_tokens=self.max_new_tokens)
+            return (reply.text for reply in replies)
+
+        with self.show() as progress:
+            chats = read_chats(self.questions)[: self.limit]
+            progress.stage("answer questions", len(chats))
+            evaluation = evaluate_chats(
+                variant.name, self.questions, answer, limit=self.limit, on_answer=lambda *_: progress.advance()
+            )
+            compared = chats[: self.divergence_chats]
+            progress.stage("compare with bf16", len(compared))
+            samples = build_samples(processor, compared, _image_token(self.model, model.config))
+            counted = _counted(samples, progress)
+            return evaluation, measure_divergence(self._reference, model, counted)
+
+
+def device_name() -> str:
+    """The GPU's name, or the processor's with the threads that torch uses."""
+    if torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{(names or [platform.machine()])[0]}, {torch.get_num_threads()} threads"
+
+
+def _calibrate(model: Path, out: Path, data: Path, recipe: Recipe, show: ShowProgress) -> Cost:
+    """Runs in the child process."""
+    logging.disable_progress_bar()  # transformers' own; it would break up ours
+    with show() as progress:
+        report = calibrate(model, out, data if recipe.needs_data else None, recipe, overwrite=True, progress=progress)
+    return Cost(report.details["total_seconds"], report.peak_memory_mib, report.bytes_after)
+
+
+def _image_token(folder: Path, config: Any) -> int:
+    return find_adapter(folder).image_token_id(config)
+
+
+def _counted(samples: Iterator[CalibrationSample], progress: Progress) -> Iterator[CalibrationSample]:
+    for sample in samples:
+        progress.advance()
+        yield sample
