@@ -20,7 +20,8 @@ SIBLINGS = {
     "plugin": {"quant_methods"},
     "calibrate": {"format"},
     "evaluate": {"format", "calibrate"},  # the data file and its chats are read by one piece of code
-    "cli": {"format", "calibrate", "evaluate", "kernels"},
+    "verify": {"format", "kernels", "quant_methods"},
+    "cli": {"format", "calibrate", "evaluate", "kernels", "verify"},
 }
 FORBIDDEN = {
     "format": {"vllm", "transformers", "triton"},

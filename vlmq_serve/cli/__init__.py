@@ -5,6 +5,7 @@ import typer
 from vlmq_serve.cli.calibrate import calibrate
 from vlmq_serve.cli.evaluate import evaluate
 from vlmq_serve.cli.inspect import inspect
+from vlmq_serve.cli.verify import verify
 
 app = typer.Typer(
     name="vlmq",
@@ -16,6 +17,7 @@ app = typer.Typer(
 )
 app.command()(calibrate)
 app.command()(inspect)
+app.command()(verify)
 app.command(name="eval")(evaluate)
 
 __all__ = ["app"]
