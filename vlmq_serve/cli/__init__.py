@@ -2,6 +2,7 @@
 
 import typer
 
+from vlmq_serve.cli.bench import app as bench
 from vlmq_serve.cli.calibrate import calibrate
 from vlmq_serve.cli.evaluate import evaluate
 from vlmq_serve.cli.inspect import inspect
@@ -19,5 +20,6 @@ app.command()(calibrate)
 app.command()(inspect)
 app.command()(verify)
 app.command(name="eval")(evaluate)
+app.add_typer(bench, name="bench")
 
 __all__ = ["app"]
