@@ -1,10 +1,10 @@
 """A checkpoint opened by vLLM's own code, on tensors without memory, in as many processes as there are ranks.
 
-    python -m vlmq_serve.verify.ranks CHECKPOINT RANKS MODE RESULT.json
+    python -m vlmq_serve.verify.ranks CHECKPOINT RANKS RESULT.json
 
 vLLM builds the model and runs its weight loaders as it does for serving. Only the tensors are of the `meta` device:
-they have a shape and a dtype and no content, so a model of any size takes seconds and no GPU. MODE is how the vision
-tower is split: `weights` or `data`, vLLM's --mm-encoder-tp-mode.
+they have a shape and a dtype and no content, so a model of any size takes seconds and no GPU. The result has one entry
+per way to treat the vision tower (vLLM's --mm-encoder-tp-mode): `weights`, and where that fails `data`.
 """
 
 import json
@@ -38,7 +38,15 @@ class RankResult:
     error: str = ""
 
 
-def main(folder: Path, ranks: int, mode: str) -> list[RankResult]:
+def open_checkpoint(folder: Path, ranks: int) -> dict[str, list[RankResult]]:
+    """Results by mode of the vision tower; the second mode is tried where the first fails."""
+    results = {"weights": _open(folder, ranks, "weights")}
+    if ranks > 1 and any(result.error for result in results["weights"]):
+        results["data"] = _open(folder, ranks, "data")
+    return results
+
+
+def _open(folder: Path, ranks: int, mode: str) -> list[RankResult]:
     """Results of all ranks; a single one where the config is refused before there are ranks."""
     try:
         config = _engine_config(folder, ranks, mode)
@@ -131,6 +139,7 @@ def _free_port() -> int:
 
 if __name__ == "__main__":
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    checkpoint, count, vision_mode, target = sys.argv[1:5]
-    found = main(Path(checkpoint), int(count), vision_mode)
-    Path(target).write_text(json.dumps([asdict(result) for result in found]), encoding="utf-8")
+    checkpoint, count, target = sys.argv[1:4]
+    opened = open_checkpoint(Path(checkpoint), int(count))
+    content = {mode: [asdict(result) for result in found] for mode, found in opened.items()}
+    Path(target).write_text(json.dumps(content), encoding="utf-8")

@@ -21,12 +21,13 @@ def check_with_vllm(folder: Path, ranks: int) -> list[Finding]:
     """Open the checkpoint by vLLM's rules on `ranks` ranks; skipped, with the reason, where vLLM cannot run."""
     if importlib.util.find_spec("vllm") is None:
         return [_skipped("vllm is not installed: its names, fused layers and shapes were not checked")]
-    results = _run(folder, ranks, "weights")
+    modes = _run(folder, ranks)
+    results = modes["weights"]
     errors = _errors(results, ranks)
     if errors and _NO_DEVICE in errors[0]:
         return [_skipped("this vLLM finds no device that it was built for; use a CPU build of vLLM to check here")]
-    if errors and ranks > 1:
-        whole = _run(folder, ranks, "data")
+    if "data" in modes:
+        whole = modes["data"]
         if not _errors(whole, ranks):
             note = f"the vision tower cannot be split ({errors[0]}); serve with --mm-encoder-tp-mode data"
             return [Finding(Level.NOTE, CHECK, note), _fine(whole, ranks)]
@@ -36,20 +37,21 @@ def check_with_vllm(folder: Path, ranks: int) -> list[Finding]:
     return [_fine(results, ranks)]
 
 
-def _run(folder: Path, ranks: int, mode: str) -> list[dict[str, Any]]:
+def _run(folder: Path, ranks: int) -> dict[str, list[dict[str, Any]]]:
+    """Results of the ranks by mode of the vision tower; a process that fails is an error of one rank."""
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "result.json"
-        command = [sys.executable, "-m", f"{__package__}.ranks", str(folder), str(ranks), mode, str(target)]
+        command = [sys.executable, "-m", f"{__package__}.ranks", str(folder), str(ranks), str(target)]
         # The result depends on the folder only, so nothing is looked up outside.
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
         try:
             done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            return [{"error": f"no result after {TIMEOUT_S} s"}]
+            return {"weights": [{"error": f"no result after {TIMEOUT_S} s"}]}
         if not target.exists():
             last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-            return [{"error": f"the check ended with status {done.returncode}: {last}"}]
-        results: list[dict[str, Any]] = json.loads(target.read_text(encoding="utf-8"))
+            return {"weights": [{"error": f"the check ended with status {done.returncode}: {last}"}]}
+        results: dict[str, list[dict[str, Any]]] = json.loads(target.read_text(encoding="utf-8"))
         return results
 
 
