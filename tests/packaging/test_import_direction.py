@@ -21,7 +21,9 @@ SIBLINGS = {
     "calibrate": {"format"},
     "evaluate": {"format", "calibrate"},  # the data file and its chats are read by one piece of code
     "verify": {"format", "kernels", "quant_methods"},
-    "cli": {"format", "calibrate", "evaluate", "kernels", "verify"},
+    "export": {"format"},
+    "bench": {"format", "evaluate"},
+    "cli": {"format", "calibrate", "evaluate", "kernels", "verify", "bench", "export"},
 }
 FORBIDDEN = {
     "format": {"vllm", "transformers", "triton"},

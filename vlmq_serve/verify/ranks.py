@@ -10,6 +10,7 @@ per way to treat the vision tower (vLLM's --mm-encoder-tp-mode): `weights`, and 
 import json
 import multiprocessing
 import os
+import re
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from vlmq_serve.format.headers import read_tensor_index
 from vlmq_serve.format.names import fused_members
 
 RANK_TIMEOUT_S = 300
+_CACHE_SCALE = re.compile(r"\.attn\.[qkv]_(scale|zero_point)$")
+"""Scales of a quantized KV cache, which vLLM sets to one where a checkpoint has none."""
 _DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I32": torch.int32,
     "I64": torch.int64, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -103,7 +106,7 @@ def _open_on_rank(folder: Path, config: Any, rank: int, port: int) -> RankResult
         }
         loaded = model.load_weights(list(tensors.items()))
     names = [name for name, _ in model.named_parameters()]
-    missing = [name for name in names if loaded is not None and name not in loaded]
+    missing = [name for name in names if loaded is not None and name not in loaded and not _CACHE_SCALE.search(name)]
     missing += _missing_members(model, list(tensors), names)
     return RankResult(rank, len(names), sum(name.endswith(".qweight") for name in names), tuple(missing))
 

@@ -3,6 +3,8 @@
 import typer
 
 from vlmq_serve.cli.bench.kernels import kernels
+from vlmq_serve.cli.bench.memory import memory
+from vlmq_serve.cli.bench.serve import serve
 
 app = typer.Typer(
     help="Measure on this machine: kernels, serving, memory, quality.",
@@ -18,5 +20,7 @@ def bench() -> None:
 
 
 app.command()(kernels)
+app.command()(serve)
+app.command()(memory)
 
 __all__ = ["app"]
