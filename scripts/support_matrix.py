@@ -13,8 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 HEAD = """# What is tested about serving
 
-Written by `scripts/support_matrix.py` from a run of the tests; do not edit. A line is a test, in its own words, with the
-cases it went through and how many of them passed, failed or were skipped.
+Written by `scripts/support_matrix.py` from a run of the tests; do not edit. A line is a test, in its own words, with
+the cases it went through and how many of them passed, failed or were skipped.
 """
 
 
