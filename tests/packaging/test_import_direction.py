@@ -20,7 +20,10 @@ SIBLINGS = {
     "plugin": {"quant_methods"},
     "calibrate": {"format"},
     "evaluate": {"format", "calibrate"},  # the data file and its chats are read by one piece of code
-    "cli": {"format", "calibrate", "evaluate", "kernels"},
+    "verify": {"format", "kernels", "quant_methods"},
+    "export": {"format"},
+    "bench": {"format", "evaluate"},
+    "cli": {"format", "calibrate", "evaluate", "kernels", "verify", "bench", "export"},
 }
 FORBIDDEN = {
     "format": {"vllm", "transformers", "triton"},

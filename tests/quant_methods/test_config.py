@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -151,3 +152,22 @@ def test_spec_of_the_config_is_the_spec_of_the_file() -> None:
     from vlmq_serve.quant_methods.config import VLMQConfig
 
     assert VLMQConfig.from_config(spec.to_dict()).spec == spec
+
+
+def test_compiled_graphs_are_found_again_for_the_same_bits_and_kernel_only(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM caches compiled graphs, which hold bits and kernel as constants, under a hash of its config."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    def fingerprint(scheme: str) -> str:
+        folder = tmp_path / "same-place"
+        shutil.rmtree(folder, ignore_errors=True)
+        quantize(tiny_model, folder, scheme)
+        return str(EngineArgs(model=str(folder), kv_cache_memory_bytes=1 << 26).create_engine_config().compute_hash())
+
+    first = fingerprint("w3g64")
+    assert fingerprint("w3g64") == first
+    assert fingerprint("w2g64") != first
+    monkeypatch.setenv("VLMQ_KERNEL", "reference")
+    assert fingerprint("w3g64") != first

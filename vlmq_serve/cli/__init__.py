@@ -5,7 +5,9 @@ import typer
 from vlmq_serve.cli.bench import app as bench
 from vlmq_serve.cli.calibrate import calibrate
 from vlmq_serve.cli.evaluate import evaluate
+from vlmq_serve.cli.export import export
 from vlmq_serve.cli.inspect import inspect
+from vlmq_serve.cli.verify import verify
 
 app = typer.Typer(
     name="vlmq",
@@ -17,6 +19,8 @@ app = typer.Typer(
 )
 app.command()(calibrate)
 app.command()(inspect)
+app.command()(verify)
+app.command()(export)
 app.command(name="eval")(evaluate)
 app.add_typer(bench, name="bench")
 

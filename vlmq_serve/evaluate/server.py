@@ -27,6 +27,7 @@ class Server:
     model: str
     log: Path
     startup_s: float
+    pid: int
 
 
 def free_port() -> int:
@@ -71,7 +72,7 @@ def serve(
         )
     try:
         _wait_until_healthy(process, port, log, start, timeout_s, on_wait)
-        yield Server(f"http://127.0.0.1:{port}/v1", name, log, time.monotonic() - start)
+        yield Server(f"http://127.0.0.1:{port}/v1", name, log, time.monotonic() - start, process.pid)
     finally:
         _stop(process)
 

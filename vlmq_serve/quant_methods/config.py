@@ -1,5 +1,6 @@
 """`VLMQConfig`: how vLLM learns which layer of a checkpoint is quantized, and how."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from vlmq_serve.format.config import QUANT_METHOD, QuantizationSpec
 from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.format.names import fused_members
 from vlmq_serve.format.scheme import Scheme
+from vlmq_serve.kernels.choice import ENVIRONMENT
 from vlmq_serve.quant_methods.inventory import Inventory, read_inventory
 from vlmq_serve.quant_methods.linear import VLMQLinearMethod
 from vlmq_serve.quant_methods.names import map_module_name, map_spec
@@ -52,11 +54,15 @@ class VLMQConfig(QuantizationConfig):
         """Raises `VLMQError` for an unknown format_version, impossible bits and the like."""
         return cls(QuantizationSpec.from_dict(config))
 
-    def maybe_update_config(self, model_name: str, *_: Any, **__: Any) -> None:
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, **_: Any) -> None:
         """Check the shard headers when the model is a folder; vLLM calls this before it loads anything.
 
         A name on the Hugging Face hub is not downloaded yet at this point: there, the checks after loading remain.
         """
+        if hf_config is not None:
+            # A compiled graph holds the kernel's name. vLLM finds its compiled graphs again by this config, so a
+            # graph for another choice would be used with weights packed for this one.
+            hf_config.vlmq_kernel = os.environ.get(ENVIRONMENT, "")
         folder = Path(model_name)
         if folder.is_dir():
             self.inventory = read_inventory(folder, self.spec)

@@ -11,7 +11,7 @@ from vllm.model_executor.parameter import ChannelQuantScaleParameter, GroupQuant
 from vlmq_serve import kernels
 from vlmq_serve.format.scheme import SUFFIXES, WORD_BITS, Scheme, tensor_shapes
 from vlmq_serve.format.weight import PackedWeight
-from vlmq_serve.quant_methods.loading import UNLOADED_BYTE, UNLOADED_WORD, check_loaded, check_split
+from vlmq_serve.quant_methods.loading import UNLOADED_BYTE, UNLOADED_WORD, check_loaded, check_split, check_zeros
 
 
 @register_weight_loader_v2_supported_method
@@ -77,6 +77,7 @@ class VLMQLinearMethod(LinearMethodBase):
             return
         tensors = {suffix: getattr(layer, suffix).data for suffix in SUFFIXES if hasattr(layer, suffix)}
         check_loaded(self.prefix, tensors, self.partitions)
+        check_zeros(self.prefix, self.scheme, tensors.get("zeros"))
         weight = PackedWeight(tensors["qweight"], tensors["scales"], tensors.get("zeros"), self.scheme)
         prepared = kernels.prepare(weight, self.params_dtype, weight.qweight.device)
         for suffix in tensors:

@@ -51,8 +51,18 @@ def check_loaded(prefix: str, tensors: Mapping[str, Tensor], partitions: Sequenc
             if _is_unloaded(part):
                 raise VLMQError(
                     f"{member}.{suffix}: was not loaded (missing from the checkpoint, or not finite); "
-                    "`vlmq inspect` lists what a checkpoint lacks, copy it again or calibrate again"
+                    "`vlmq verify` lists what a checkpoint lacks, copy it again or calibrate again"
                 )
+
+
+def check_zeros(prefix: str, scheme: Scheme, zeros: Tensor | None) -> None:
+    """Raise `VLMQError` where a zero point [N, K/G] is no code of `scheme`: the weights would be far off."""
+    highest = int(zeros.max()) if zeros is not None and zeros.numel() else 0
+    if highest > scheme.max_code:
+        raise VLMQError(
+            f"{prefix}.zeros: got {highest}, the largest zero point of {scheme} is {scheme.max_code}; "
+            "copy the checkpoint again or calibrate again"
+        )
 
 
 def _is_unloaded(part: Tensor) -> bool:

@@ -3,7 +3,9 @@
 import typer
 
 from vlmq_serve.cli.bench.kernels import kernels
+from vlmq_serve.cli.bench.memory import memory
 from vlmq_serve.cli.bench.quality import quality
+from vlmq_serve.cli.bench.serve import serve
 
 app = typer.Typer(
     help="Measure on this machine: kernels, serving, memory, quality.",
@@ -20,5 +22,7 @@ def bench() -> None:
 
 app.command()(kernels)
 app.command()(quality)
+app.command()(serve)
+app.command()(memory)
 
 __all__ = ["app"]

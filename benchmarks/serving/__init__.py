@@ -1,0 +1,1 @@
+"""Measurements with a server in the loop."""
