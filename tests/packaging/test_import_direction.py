@@ -14,16 +14,17 @@ PACKAGE = ROOT / "vlmq_serve"
 # What a part of the package may import of its siblings, and of the world where that is restricted.
 SIBLINGS = {
     "__init__": set(),
+    "device": set(),
     "format": set(),
-    "kernels": {"format"},
+    "kernels": {"format", "device"},
     "quant_methods": {"format", "kernels"},
     "plugin": {"quant_methods"},
     "calibrate": {"format"},
-    "evaluate": {"format", "calibrate"},  # the data file and its chats are read by one piece of code
+    "evaluate": {"format", "device", "calibrate"},  # the data file and its chats are read by one piece of code
     "verify": {"format", "kernels", "quant_methods"},
     "export": {"format"},
     "bench": {"format", "evaluate"},
-    "cli": {"format", "calibrate", "evaluate", "kernels", "verify", "bench", "export"},
+    "cli": {"format", "device", "calibrate", "evaluate", "kernels", "verify", "bench", "export"},
 }
 FORBIDDEN = {
     "format": {"vllm", "transformers", "triton"},

@@ -50,7 +50,7 @@ def measure(
     from vlmq_serve.bench.serving import run_variant
     from vlmq_serve.bench.tables import markdown, ratio_table, read_rows, write_csv
     from vlmq_serve.bench.variants import Variant
-    from vlmq_serve.kernels.bench import cpu_name
+    from vlmq_serve.device import device_name
 
     variants = [Variant.parse(text) for text in texts]
     names = [variant.name for variant in variants]
@@ -63,12 +63,12 @@ def measure(
             run_variant(variant, loads, output, arguments, lambda text: bar.update(task, note=text))
             bar.advance(task)
     rows = read_rows(output, names)
-    write_csv(output / f"{name}.csv", rows, cpu_name())
+    write_csv(output / f"{name}.csv", rows, device_name())
     lines = ratio_table(rows, names[0], columns)
-    (output / f"{name}.md").write_text(f"{cpu_name()}\n\n{markdown(lines)}", encoding="utf-8")
+    (output / f"{name}.md").write_text(f"{device_name()}\n\n{markdown(lines)}", encoding="utf-8")
     plot_all(output, rows)
     table = Table(
-        *lines[0], title=f"{names[0]} in units, the others relative to it; {cpu_name()}", title_justify="left"
+        *lines[0], title=f"{names[0]} in units, the others relative to it; {device_name()}", title_justify="left"
     )
     for line in lines[1:]:
         table.add_row(*line)

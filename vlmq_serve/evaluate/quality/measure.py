@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import platform
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -25,6 +24,7 @@ from vlmq_serve.calibrate.progress import Progress
 from vlmq_serve.calibrate.recipe import Recipe
 from vlmq_serve.calibrate.report import write_json
 from vlmq_serve.calibrate.samples import CalibrationSample, build_samples
+from vlmq_serve.device import device_name
 from vlmq_serve.evaluate.answers import answer_locally
 from vlmq_serve.evaluate.divergence import Divergence, measure_divergence
 from vlmq_serve.evaluate.loading import load_model
@@ -95,7 +95,7 @@ class Bench:
             f"Model `{self.model.name}`, calibrated on `{self.calibration.name}`, {len(chats)} questions of "
             f"`{self.questions.name}`, greedy answers in fp32, exact match. 95 % intervals over questions and seeds. "
             f"KL to bf16: nats per token of {compared} questions with their expected answers. Seconds (median) and "
-            f"peak memory (highest) of one calibration in a process of its own, {device_name()}.",
+            f"peak memory (highest) of one calibration in a process of its own, {device_name()}, {torch.get_num_threads()} threads.",
         ]
 
     def record(self, variant: Variant) -> Path:
@@ -146,16 +146,6 @@ class Bench:
             samples = build_samples(processor, compared, _image_token(self.model, model.config))
             counted = _counted(samples, progress)
             return evaluation, measure_divergence(self._reference, model, counted)
-
-
-def device_name() -> str:
-    """The GPU's name, or the processor's with the threads that torch uses."""
-    if torch.cuda.is_available():
-        return str(torch.cuda.get_device_name())
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{(names or [platform.machine()])[0]}, {torch.get_num_threads()} threads"
 
 
 def _calibrate(model: Path, out: Path, data: Path, recipe: Recipe, show: ShowProgress) -> Cost:
