@@ -7,7 +7,7 @@ import torch
 
 
 def device_name(device: torch.device | None = None) -> str:
-    """The GPU's name; on a CPU its model and the vector instructions that torch uses. Default: CUDA where there is one."""
+    """The GPU's name; on a CPU its model and the vector instructions that torch uses. Default: CUDA if there is one."""
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":

@@ -95,7 +95,8 @@ class Bench:
             f"Model `{self.model.name}`, calibrated on `{self.calibration.name}`, {len(chats)} questions of "
             f"`{self.questions.name}`, greedy answers in fp32, exact match. 95 % intervals over questions and seeds. "
             f"KL to bf16: nats per token of {compared} questions with their expected answers. Seconds (median) and "
-            f"peak memory (highest) of one calibration in a process of its own, {device_name()}, {torch.get_num_threads()} threads.",
+            f"peak memory (highest) of one calibration in a process of its own, {device_name()}, "
+            f"{torch.get_num_threads()} threads.",
         ]
 
     def record(self, variant: Variant) -> Path:
