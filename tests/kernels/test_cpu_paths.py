@@ -1,6 +1,9 @@
 """Every CPU path against the float64 product of the same weights."""
 
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -149,6 +152,25 @@ def test_four_bits_per_weight_in_memory() -> None:
     for bits in (2, 3, 4):
         prepared = prepare(random_weight(128, 1024, bits, 128, False), torch.bfloat16, "cpu", "cpu_int4")
         assert 8 * prepared.nbytes / (128 * 1024) == 4 + 2 * 16 / 128
+
+
+@needs_ark
+def test_number_of_threads_is_left_alone() -> None:
+    """In a process of its own, where the package makes its first product."""
+    code = (
+        "import torch\n"
+        "from vlmq_serve.kernels import linear, prepare\n"
+        "from vlmq_serve.kernels.bench.layers import Layer, Scheme, random_weight\n"
+        "torch.set_num_threads(1)\n"
+        "weight = random_weight(Layer('', '', 64, 64), Scheme(3, 64), torch.float32, torch.device('cpu'))\n"
+        "linear(torch.randn(4, 64), prepare(weight, torch.float32, 'cpu', 'cpu_ark'))\n"
+        "assert torch.get_num_threads() == 1, torch.get_num_threads()\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @needs_ark

@@ -18,12 +18,26 @@ COMPUTE, SCALES = "fp32", "fp32"
 
 @lru_cache(maxsize=1)
 def library() -> ModuleType | None:
-    """The package, where it is installed with a CPU library that loads here."""
+    """The package, where it is installed with a CPU library that loads here.
+
+    Its first product sets the number of OpenMP threads of the process, which torch shares, to all cores; later ones
+    keep what is set. So the first is made here, and the number put back.
+    """
     try:
         import auto_round_kernel
     except (ImportError, OSError):
         return None
-    return auto_round_kernel if auto_round_kernel.cpu_lib is not None else None
+    if auto_round_kernel.cpu_lib is None:
+        return None
+    threads = torch.get_num_threads()
+    ones = torch.ones(1, 32, dtype=torch.float32, device="cpu")
+    codes = torch.zeros(32, 32, dtype=torch.int8, device="cpu")
+    kind = (32, COMPUTE, "int4", SCALES, True)
+    blob = auto_round_kernel.repack_quantized_weight(codes, ones, codes[:1], *kind)
+    auto_round_kernel.woqgemm(ones, blob, ones[:0], 32, 32, *kind)
+    torch.set_num_threads(threads)
+    found: ModuleType = auto_round_kernel
+    return found
 
 
 def _loaded() -> ModuleType:
@@ -38,19 +52,19 @@ def prepare_ark(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
     scheme, cols = weight.scheme, weight.shape[1]
     codes = (weight.codes().to(torch.int8) - scheme.mid_code).t().contiguous()
     scales = weight.scales.to(torch.float32).t().contiguous()
-    zeros = torch.zeros(scales.shape, dtype=torch.int8)
+    zeros = torch.zeros(scales.shape, dtype=torch.int8, device=scales.device)
     if weight.zeros is not None:
         zeros = (weight.zeros.to(torch.int8) - scheme.mid_code).t().contiguous()
     group = scheme.group_length(cols)
     blob = _loaded().repack_quantized_weight(codes, scales, zeros, group, COMPUTE, f"int{scheme.bits}", SCALES, True)
-    empty = torch.empty(0, dtype=torch.uint8)
+    empty = torch.empty(0, dtype=torch.uint8, device=blob.device)
     return blob, empty, empty
 
 
 def gemm_ark(x: Tensor, qdata: Tensor, bits: int, group_size: int, out_features: int) -> Tensor:
     """x [M, K] of any float type to [M, N] in the same type, computed in fp32."""
     given = x.to(torch.float32).contiguous()
-    nothing = torch.empty(0, dtype=torch.float32)
+    nothing = given.new_empty(0)
     y: Tensor = _loaded().woqgemm(
         given, qdata, nothing, out_features, x.shape[1], group_size, COMPUTE, f"int{bits}", SCALES, True
     )
