@@ -144,7 +144,11 @@ def draw(found: Sequence[Measurement], where: dict[str, str], path: Path) -> Non
             style = {OURS: "-o", DENSE: "--"}.get(next(m.kind for m in rows if m.path == name), ":s")
             points = [(count, mean(values)) for count, values in line if values]
             axis.plot(*zip(*points, strict=True), style, label=name, markersize=4)
-        axis.set(xscale="log", yscale="log", title=f"Qwen2-VL-{model} {scheme}", xlabel="M (rows of x)")
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log", base=2)
+        for scale in (axis.xaxis, axis.yaxis):
+            scale.set_major_formatter("{x:g}")
+        axis.set(title=f"Qwen2-VL-{model} {scheme}", xlabel="M (rows of x)")
         axis.grid(alpha=0.3, which="both")
         axis.legend(fontsize=7)
     axes[0].set_ylabel(f"times faster than torch {where['dtype']}")

@@ -31,9 +31,7 @@ def kernels(
     dtype: Annotated[str, typer.Option(help="16-bit type: bf16 or fp16.")] = "bf16",
     threads: Annotated[int, typer.Option(help="CPU threads; 0: as torch chooses.")] = 0,
     seconds: Annotated[float, typer.Option(help="Time for each kernel at each M.")] = 0.3,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="qkv and down at M 1 and 16: under a minute on a CPU.")
-    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Only qkv and down at M 1 and 16.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the file holds.")] = False,
     plot: Annotated[Path | None, typer.Option(help="PNG or SVG; needs matplotlib.")] = None,
 ) -> None:
