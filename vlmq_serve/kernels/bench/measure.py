@@ -1,7 +1,6 @@
 """One cell of the benchmark: every candidate on one layer and one M, timed together and checked against float64."""
 
 import logging
-import platform
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -9,6 +8,7 @@ from importlib import metadata
 import torch
 from torch import Tensor
 
+from vlmq_serve.device import device_name
 from vlmq_serve.format.scheme import Scheme
 from vlmq_serve.kernels.bench import candidates
 from vlmq_serve.kernels.bench.candidates import DENSE, OURS, PEER, Candidate, PeerFactory
@@ -57,19 +57,6 @@ class Measurement:
     of_floor: float
     error: float
     bits_per_weight: float
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name; on a CPU its model and the vector instructions that torch uses."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as file:
-            name = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), name)
-    except OSError:
-        pass
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def environment(settings: Settings) -> dict[str, str]:
