@@ -2,6 +2,8 @@
 
 python -m pytest tests/quant_methods tests/serve tests/export tests/verify --junitxml report.xml
 python scripts/support_matrix.py report.xml docs/support.md
+
+Several reports may be given before the target; a case that is in more than one counts as the last has it.
 """
 
 import ast
@@ -18,13 +20,14 @@ the cases it went through and how many of them passed, failed or were skipped.
 """
 
 
-def main(report: Path, target: Path) -> None:
+def main(reports: list[Path], target: Path) -> None:
     """One section per test file and one line per test."""
-    sections: dict[str, dict[str, list[tuple[str, str]]]] = {}
-    for case in ElementTree.parse(report).iter("testcase"):
-        name, _, identifier = case.attrib["name"].partition("[")
-        tests = sections.setdefault(case.attrib["classname"], {})
-        tests.setdefault(name, []).append((identifier.removesuffix("]"), _outcome(case)))
+    sections: dict[str, dict[str, dict[str, str]]] = {}
+    for report in reports:
+        for case in ElementTree.parse(report).iter("testcase"):
+            name, _, identifier = case.attrib["name"].partition("[")
+            tests = sections.setdefault(case.attrib["classname"], {})
+            tests.setdefault(name, {})[identifier.removesuffix("]")] = _outcome(case)
     text = HEAD
     for module, tests in sorted(sections.items()):
         text += (
@@ -34,9 +37,9 @@ def main(report: Path, target: Path) -> None:
     target.write_text(text, encoding="utf-8")
 
 
-def _line(name: str, cases: list[tuple[str, str]]) -> str:
-    identifiers = ", ".join(identifier for identifier, _ in cases if identifier).replace("|", "\\|")
-    counts = Counter(outcome for _, outcome in cases)
+def _line(name: str, cases: dict[str, str]) -> str:
+    identifiers = ", ".join(filter(None, cases)).replace("|", "\\|")
+    counts = Counter(cases.values())
     outcome = ", ".join(f"{count} {what}" for what, count in counts.items())
     return f"| {name.removeprefix('test_').replace('_', ' ')} | {identifiers} | {outcome} |\n"
 
@@ -55,4 +58,4 @@ def _title(module: str) -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main([Path(text) for text in sys.argv[1:-1]], Path(sys.argv[-1]))

@@ -61,6 +61,12 @@ def test_a_finished_run_is_not_repeated_and_its_tables_are_written(results: Path
     assert not list(results.glob("*/serve.log"))
 
 
+def test_memory_has_one_row_per_variant(results: Path) -> None:
+    rows = read_rows(results, ["bf16", "w3"], timings=False)
+    assert [(row.variant, row.load) for row in rows] == [("bf16", ""), ("w3", "")]
+    assert "TPOT ms" not in rows[0].values
+
+
 def test_a_variant_with_a_missing_load_is_started(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (results / "w3" / f"{QUICK[1].name}.json").unlink()
     monkeypatch.setenv("PATH", "")

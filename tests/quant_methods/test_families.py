@@ -51,6 +51,19 @@ def qwen2_5_vl() -> Any:
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
+def qwen3_vl() -> Any:
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    vision = {
+        "depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 128, "out_hidden_size": 128,
+        "patch_size": 7, "deepstack_visual_indexes": [0], "num_position_embeddings": 64,
+    }  # fmt: skip
+    text = {**TEXT, "head_dim": 32, "rope_parameters": {**ROPE, "mrope_interleaved": True}}
+    tokens = {"image_token_id": 12, "video_token_id": 13, "vision_start_token_id": 9, "vision_end_token_id": 10}
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **tokens)
+    return Qwen3VLForConditionalGeneration(config)
+
+
 def save(model: Any, source: Path, folder: Path, processor: str = "") -> None:
     """Weights and config of `model` with the tokenizer and, for a vision-language model, the processor of `source`."""
     model.bfloat16().save_pretrained(folder)
@@ -82,9 +95,13 @@ def test_text_models_give_the_logprobs_of_transformers(
         check(answer, logits.log_softmax(-1))
 
 
-@pytest.mark.parametrize(
-    ("build", "processor_class"), [pytest.param(qwen2_5_vl, "Qwen2_5_VLProcessor", id="qwen2_5_vl")]
-)
+VISION_LANGUAGE = [
+    pytest.param(qwen2_5_vl, "Qwen2_5_VLProcessor", id="qwen2_5_vl"),
+    pytest.param(qwen3_vl, "Qwen3VLProcessor", id="qwen3_vl"),
+]
+
+
+@pytest.mark.parametrize(("build", "processor_class"), VISION_LANGUAGE)
 def test_vision_language_models_give_the_logprobs_of_transformers(
     build: Callable[[], Any], processor_class: str, tiny_model: Path, tmp_path: Path, engine: Any
 ) -> None:

@@ -59,3 +59,4 @@ def test_a_mapped_spec_decides_by_vllm_names() -> None:
     assert spec.scheme_for("language_model.model.layers.10.mlp.down_proj") == Scheme(4)
     assert spec.scheme_for("visual.blocks.0.attn.qkv") is None
     assert spec.scheme_for("language_model.lm_head") is None
+    assert spec.scheme_for("lm_head") is None

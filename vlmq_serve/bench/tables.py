@@ -39,8 +39,8 @@ class Row:
     values: dict[str, float]
 
 
-def read_rows(out: Path, names: Sequence[str]) -> list[Row]:
-    """All measurements of the variants `names` in `out`, in that order."""
+def read_rows(out: Path, names: Sequence[str], timings: bool = True) -> list[Row]:
+    """All measurements of the variants `names` in `out`, in that order; without `timings` one row per variant."""
     floor = _facts(out / FLOOR).get("worker_mib", 0.0) if FLOOR in names else 0.0
     rows = []
     for name in names:
@@ -50,11 +50,11 @@ def read_rows(out: Path, names: Sequence[str]) -> list[Row]:
         values = {key: float(facts[key]) for key in FACTS}
         if floor:
             values["weights_mib"] = max(0.0, round(values["worker_mib"] - floor, 1))
-        loads: list[Path | None] = [*sorted((out / name).glob("c*.json"))]
+        loads: list[Path | None] = [*sorted((out / name).glob("c*.json"))] if timings else []
         for path in loads or [None]:
             measured = json.loads(path.read_text(encoding="utf-8")) if path else {}
-            timings = {label: round(float(measured[key]), 3) for key, label in METRICS.items() if key in measured}
-            rows.append(Row(name, path.stem if path else "", {**timings, **values}))
+            times = {label: round(float(measured[key]), 3) for key, label in METRICS.items() if key in measured}
+            rows.append(Row(name, path.stem if path else "", {**times, **values}))
     return rows
 
 

@@ -17,7 +17,7 @@ from vlmq_serve.format.scheme import Scheme
 from vlmq_serve.kernels.choice import ENVIRONMENT
 from vlmq_serve.quant_methods.inventory import Inventory, read_inventory
 from vlmq_serve.quant_methods.linear import VLMQLinearMethod
-from vlmq_serve.quant_methods.names import map_module_name, map_spec
+from vlmq_serve.quant_methods.names import map_spec, names_in_vllm
 
 MIN_CAPABILITY = 80
 """Compute capability of the oldest GPU that the kernels are compiled for (8.0, A100)."""
@@ -75,7 +75,7 @@ class VLMQConfig(QuantizationConfig):
         self._applied_mappers.append(fingerprint)
         self.spec = map_spec(self.spec, hf_to_vllm_mapper)
         if self.inventory is not None:
-            modules = frozenset(map_module_name(name, hf_to_vllm_mapper) for name in self.inventory.modules)
+            modules = frozenset(n for name in self.inventory.modules for n in names_in_vllm(name, hf_to_vllm_mapper))
             self.inventory = Inventory(modules, self.inventory.scales_dtype)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:

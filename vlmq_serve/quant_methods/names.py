@@ -22,10 +22,19 @@ def map_module_name(name: str, mapper: NameMapper) -> str:
     return mapped[0].removesuffix(".") if mapped else name
 
 
+def names_in_vllm(name: str, mapper: NameMapper) -> tuple[str, ...]:
+    """Names under which vLLM may ask for `name`: the mapped one, and for a module at the top also the one it has.
+
+    Qwen3-VL loads `lm_head` into `language_model.lm_head`, as its mapper says, and builds the layer as `lm_head`.
+    """
+    mapped = map_module_name(name, mapper)
+    return (mapped,) if "." in name or mapped == name else (mapped, name)
+
+
 def map_spec(spec: QuantizationSpec, mapper: NameMapper) -> QuantizationSpec:
     """`spec` with the names of its overrides and its ignore list as vLLM calls them."""
     return replace(
         spec,
-        overrides={map_module_name(name, mapper): scheme for name, scheme in spec.overrides.items()},
-        ignore=tuple(map_module_name(name, mapper) for name in spec.ignore),
+        overrides={new: scheme for name, scheme in spec.overrides.items() for new in names_in_vllm(name, mapper)},
+        ignore=tuple(new for name in spec.ignore for new in names_in_vllm(name, mapper)),
     )

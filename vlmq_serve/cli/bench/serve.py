@@ -1,5 +1,7 @@
 """`vlmq bench serve`: latency, throughput and memory of several widths behind `vllm serve`."""
 
+import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -57,12 +59,14 @@ def measure(
     if len(set(names)) < len(names):
         raise VLMQError(f"variants: got the names {names}, each must be different")
     output.mkdir(parents=True, exist_ok=True)
+    # Ended from outside, as by `timeout`: leave as after an error, so that the server does not stay behind.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with progress_bar() as bar:
         task = bar.add_task("variants", total=len(variants), note="")
         for variant in variants:
             run_variant(variant, loads, output, arguments, lambda text: bar.update(task, note=text))
             bar.advance(task)
-    rows = read_rows(output, names)
+    rows = read_rows(output, names, timings=bool(loads))
     write_csv(output / f"{name}.csv", rows, device_name())
     lines = ratio_table(rows, names[0], columns)
     (output / f"{name}.md").write_text(f"{device_name()}\n\n{markdown(lines)}", encoding="utf-8")
