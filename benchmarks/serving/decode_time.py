@@ -17,7 +17,7 @@ from typing import Any
 
 from vlmq_serve.bench.variants import Variant
 from vlmq_serve.cli.console import out
-from vlmq_serve.kernels.bench import cpu_name
+from vlmq_serve.device import device_name
 
 PROMPT = [*range(20, 52)]
 TOKENS = 16
@@ -51,7 +51,7 @@ def main() -> None:
         )
         for variant in variants:
             own = times[variant.name]
-            row = [cpu_name(), variant.name, variant.dtype, f"{own:.2f}", f"{first / own:.3f}"]
+            row = [device_name(), variant.name, variant.dtype, f"{own:.2f}", f"{first / own:.3f}"]
             writer.writerow(row)
             out.print(row)
 
