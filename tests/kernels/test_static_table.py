@@ -27,7 +27,7 @@ COMPILED_HERE = [
     v
     for v in variants()
     if v.group_size == 128 and v.zeros and not v.tails
-    if (v.arch, v.dtype, v.tile.rows_m) in {(90, "bf16", 16), (80, "fp16", 64)}
+    if (v.arch, v.dtype, v.tile.rows_m) in {(90, "bf16", 8), (90, "bf16", 0), (80, "fp16", 64)}
 ]
 
 
@@ -52,10 +52,10 @@ def test_row_keeps_the_limits(variant: Variant) -> None:
     assert int(row["spill_instructions"]) == 0
     assert int(row["shared_bytes"]) <= SHARED_MEMORY.get(variant.arch, SHARED_MEMORY_ELSEWHERE)
     assert float(row["conversions"]) <= 0.01
-    if variant.arch == 90:
+    if variant.arch == 90 and variant.multiplies:
         assert row["matrix"] == "HGMMA"
         assert row["weights_in_registers"] == "True"
-        if variant.tile.rows_m == 16 and variant.group_size == 128 and not variant.tails:
+        if variant.tile.rows_m <= 16 and variant.group_size == 128 and not variant.tails:
             assert float(row["instructions"]) <= INSTRUCTION_BUDGET[variant.bits]
 
 

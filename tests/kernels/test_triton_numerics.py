@@ -16,11 +16,13 @@ ROOT = Path(__file__).parents[2]
 
 
 def case(
-    bits: int, dtype: str, group: int, symmetric: bool, m: int, n: int, k: int, split: int = 1
-) -> dict[str, object]:
-    name = f"w{bits}g{group}{'s' if symmetric else ''}-{dtype}-m{m}-n{n}-k{k}-split{split}"
+    bits: int, dtype: str, group: int, symmetric: bool, m: int, n: int, k: int, split: int = 1,
+    path: str = "triton", scratch: int = 0,
+) -> dict[str, object]:  # fmt: skip
+    """`scratch` bounds the bytes of dequantized weight; 0 leaves the bound as it is."""
+    name = f"{path}-w{bits}g{group}{'s' if symmetric else ''}-{dtype}-m{m}-n{n}-k{k}-split{split}-scratch{scratch}"
     return {"id": name, "bits": bits, "dtype": dtype, "group": group, "symmetric": symmetric,
-            "m": m, "n": n, "k": k, "split": split}  # fmt: skip
+            "m": m, "n": n, "k": k, "split": split, "path": path, "scratch": scratch}  # fmt: skip
 
 
 CASES = [
@@ -32,12 +34,25 @@ CASES = [
         for group, symmetric in ((32, False), (64, True), (128, False), (128, True), (-1, False))
     ),
     # Every bucket of M and its edges; M above the largest tile.
-    *(case(bits, "bfloat16", 64, False, m, 40, 256) for bits in (2, 3, 4) for m in (0, 1, 16, 33, 65, 130)),
+    *(case(bits, "bfloat16", 64, False, m, 40, 256) for bits in (2, 3, 4) for m in (0, 1, 8, 9, 33, 65, 130)),
     # K that no slab divides (padded), several tiles of N, K split over programs of their own.
     *(case(bits, "float16", 32, False, 3, 136, k) for bits in (2, 3, 4) for k in (96, 288)),
     *(case(bits, "bfloat16", -1, True, 2, 16, 288) for bits in (2, 3, 4)),
     *(case(bits, dtype, 128, False, 9, 130, 1536, 4) for bits in (2, 3, 4) for dtype in ("bfloat16", "float16")),
     *(case(bits, "bfloat16", 32, False, 20, 24, 800, 8) for bits in (2, 3, 4)),
+    # The last M of the fused kernel and the first of the dense one, and a long prompt.
+    *(case(bits, "bfloat16", 64, False, m, 24, 320) for bits in (2, 3, 4) for m in (512, 513)),
+    *(case(bits, "bfloat16", 128, False, 16384, 40, 256) for bits in (2, 3, 4)),
+    # Dequantized weights: every type and group, tails of N and K, several parts of which the last is short.
+    *(
+        case(bits, dtype, group, symmetric, 3, 72, 480, path="triton_dense")
+        for bits in (2, 3, 4)
+        for dtype in ("bfloat16", "float16")
+        for group, symmetric in ((32, False), (-1, True))
+    ),
+    *(case(bits, "bfloat16", g, False, 5, 300, 512, path="triton_dense") for bits in (2, 3, 4) for g in (64, 128)),
+    *(case(bits, "float16", 64, False, 4, 300, 320, path="triton_dense", scratch=1) for bits in (2, 3, 4)),
+    case(4, "bfloat16", 64, False, 600, 24, 128, path="triton_fused"),
 ]
 
 

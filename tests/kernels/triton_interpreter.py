@@ -21,8 +21,9 @@ from triton.runtime import interpreter
 
 from vlmq_serve.format.scheme import Scheme
 from vlmq_serve.format.weight import PackedWeight
-from vlmq_serve.kernels import linear, prepare, tiles
+from vlmq_serve.kernels import linear, plan, prepare
 
+SCRATCH_MAX = plan.SCRATCH_MAX
 AND_OR = "0xEA"
 """Truth table of (a & b) | c, the only one the kernels use."""
 
@@ -116,8 +117,9 @@ def run_case(case: dict) -> dict:
     zeros = None if scheme.symmetric else torch.randint(0, 2**bits, shape, generator=generator)
     weight = PackedWeight.from_codes(codes, scales.to(dtype), zeros, scheme)
     x = torch.randn(case["m"], cols, generator=generator).to(dtype)
-    tiles.MAX_SPLIT = case["split"]
-    y = linear(x, prepare(weight, dtype, "cpu", "triton"))
+    plan.MAX_SPLIT = case["split"]
+    plan.SCRATCH_MAX = case["scratch"] or SCRATCH_MAX
+    y = linear(x, prepare(weight, dtype, "cpu", case["path"]))
     dense = weight.dequantize()
     expected = x.double() @ dense.double().T
     plain = torch.nn.functional.linear(x.float(), dense.to(dtype).float()).to(dtype)

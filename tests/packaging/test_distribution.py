@@ -18,6 +18,7 @@ IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "huggingface-hub": "huggingfa
 USED_INDIRECTLY = {"jinja2"}
 # Imported inside functions that first say which extra is missing, or chosen by the extras `cpu` and `cuda`.
 OPTIONAL = {"vllm", "triton", "openai", "psutil"}
+OPTIONAL |= {"auto_round_kernel", "gemlite", "matplotlib"}  # a CPU path, a peer and the plot of `vlmq bench kernels`
 
 pytestmark = pytest.mark.unit
 

@@ -6,13 +6,19 @@ import os
 import torch
 
 from vlmq_serve.format.errors import VLMQError
+from vlmq_serve.kernels.ark import library
+from vlmq_serve.kernels.gpu import gpu_of
 from vlmq_serve.kernels.nibbles import int4_kernel_block
+from vlmq_serve.kernels.plan import AUTO, DENSE, FUSED, describe
 
 REFERENCE = "reference"
 CPU_INT4 = "cpu_int4"
 CPU_DEQUANT = "cpu_dequant"
+CPU_ARK = "cpu_ark"
 TRITON = "triton"
-PATHS = (REFERENCE, CPU_INT4, CPU_DEQUANT, TRITON)
+TRITON_KINDS = {TRITON: AUTO, "triton_fused": FUSED, "triton_dense": DENSE}
+"""Paths on the plane layout: by M, or one half of the family forced."""
+PATHS = (REFERENCE, CPU_ARK, CPU_INT4, CPU_DEQUANT, *TRITON_KINDS)
 ENVIRONMENT = "VLMQ_KERNEL"
 FAST_BITS = (2, 3, 4)
 ACTIVATIONS = (torch.float32, torch.float16, torch.bfloat16)
@@ -42,9 +48,26 @@ def choose_path(bits: int, dtype: torch.dtype, device: torch.device, forced: str
     return path
 
 
+def available_paths(bits: int, dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
+    """Every path that can serve this case, the reference included."""
+    return tuple(p for p in PATHS if not _refusal(p, bits, dtype, device))
+
+
 def _automatic(bits: int, dtype: torch.dtype, device: torch.device) -> str:
-    preferred = (TRITON,) if device.type == "cuda" else (CPU_INT4, CPU_DEQUANT)
+    preferred = (TRITON,) if device.type == "cuda" else _cpu_order(bits, dtype)
     return next((p for p in preferred if not _refusal(p, bits, dtype, device)), REFERENCE)
+
+
+def _cpu_order(bits: int, dtype: torch.dtype) -> tuple[str, ...]:
+    """By preference, from the measurements in docs/kernels.md.
+
+    torch's int4 kernel is faster at one row of bf16, AutoRound Kernel from 16 rows on. At 4 bits both take the same
+    memory and the single row decides; at 2 and 3 bits AutoRound Kernel also halves the memory, which decides but for
+    AVX512, where its single row is too slow.
+    """
+    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    int4_first = dtype == torch.bfloat16 and (bits == 4 or wide)
+    return (CPU_INT4, CPU_ARK, CPU_DEQUANT) if int4_first else (CPU_ARK, CPU_INT4, CPU_DEQUANT)
 
 
 def _refusal(path: str, bits: int, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -53,13 +76,15 @@ def _refusal(path: str, bits: int, dtype: torch.dtype, device: torch.device) -> 
         return None
     if bits not in FAST_BITS:
         return f"it holds {FAST_BITS} bits"
-    if path == TRITON:
+    if path in TRITON_KINDS:
         if dtype == torch.float32:
             return "it multiplies in float16 or bfloat16"
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         return None if device.type == "cuda" or interpreted else "it needs an NVIDIA GPU"
     if device.type != "cpu":
         return "it runs on CPUs"
+    if path == CPU_ARK and library() is None:
+        return "it needs the package auto-round-lib: pip install auto-round-lib"
     if path == CPU_INT4 and dtype != torch.bfloat16:
         return "torch's int4 kernel is fast for bfloat16 only"
     if path == CPU_INT4 and int4_kernel_block() is None:
@@ -67,14 +92,17 @@ def _refusal(path: str, bits: int, dtype: torch.dtype, device: torch.device) -> 
     return None
 
 
-def log_choice(path: str, bits: int, group_size: int, shape: tuple[int, int], dtype: torch.dtype, nbytes: int) -> None:
+def log_choice(
+    path: str, bits: int, group_size: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, nbytes: int
+) -> None:
     """One line per kind of layer, once per process."""
     key = (path, bits, group_size, shape, dtype)
     if key in _logged:
         return
     _logged.add(key)
     bits_per_weight = 8 * nbytes / max(1, shape[0] * shape[1])
+    family = f", {describe(*shape, gpu_of(device), TRITON_KINDS[path])}" if path in TRITON_KINDS else ""
     logger.info(
-        "W%d group %d, N=%d K=%d, %s: %s (%.2f bits per weight in memory)",
-        bits, group_size, *shape, str(dtype).removeprefix("torch."), path, bits_per_weight,
+        "W%d group %d, N=%d K=%d, %s: %s (%.2f bits per weight in memory%s)",
+        bits, group_size, *shape, str(dtype).removeprefix("torch."), path, bits_per_weight, family,
     )  # fmt: skip

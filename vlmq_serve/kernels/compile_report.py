@@ -5,6 +5,7 @@ disassembler. Imported by the tests and the benchmarks only.
 """
 
 import collections
+import hashlib
 import os
 import re
 import subprocess
@@ -19,7 +20,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vlmq_serve.kernels.planes import PLANES, slab_length
-from vlmq_serve.kernels.tiles import SHARED_MEMORY, SHARED_MEMORY_ELSEWHERE, Tile, tiles
+from vlmq_serve.kernels.tiles import DEQUANTIZE, SHARED_MEMORY, SHARED_MEMORY_ELSEWHERE, Tile, tiles
+from vlmq_serve.kernels.triton_dequantize import dequantize_kernel
 from vlmq_serve.kernels.triton_gemm import constants, gemm_kernel
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -49,12 +51,18 @@ class Variant:
     def name(self) -> str:
         """Key of the static table."""
         kind = f"g{self.group_size}{'' if self.zeros else 's'}"
-        return f"sm_{self.arch} w{self.bits}{kind} {self.dtype} m{self.tile.rows_m}{' tails' if self.tails else ''}"
+        work = f"m{self.tile.rows_m}" if self.multiplies else "dequantize"
+        return f"sm_{self.arch} w{self.bits}{kind} {self.dtype} {work}{' tails' if self.tails else ''}"
+
+    @property
+    def multiplies(self) -> bool:
+        """False for the kernel that only writes weights."""
+        return self.tile != DEQUANTIZE
 
 
 @dataclass(frozen=True)
 class Report:
-    """One row of the static table; instructions and conversions are per weight in the main loop."""
+    """One row of the static table; instructions and conversions are per weight, in the main loop where there is one."""
 
     name: str
     registers: int
@@ -77,23 +85,25 @@ class Report:
 def variants() -> Iterator[Variant]:
     """Every case of the table.
 
-    All widths, types and tiles on sm_80 and sm_90 at group 128; the general form of the wider tiles, which has
-    the most to keep in registers; the other groups and symmetry at small M on sm_90; and on sm_89, which differs
-    from sm_80 by its shared memory, the general form of its tiles.
+    All widths, types and tiles on sm_80 and sm_90 at group 128, and their general form in bf16, which has the most to
+    keep in registers; the other groups and symmetry at small M on sm_90; on sm_89, which differs
+    from sm_80 by its shared memory, the general form of its tiles; and the dequantizing kernel in both forms.
     """
     for bits in (2, 3, 4):
         for arch in (80, 90):
             family = tiles(bits, arch)
             yield from (Variant(bits, dtype, 128, True, t, arch) for dtype in ("bf16", "fp16") for t in family)
-            yield from (Variant(bits, "bf16", 128, True, t, arch, tails=True) for t in family[1:])
+            yield from (Variant(bits, "bf16", 128, True, t, arch, tails=True) for t in family)
+            yield from (Variant(bits, dtype, 128, True, DEQUANTIZE, arch) for dtype in ("bf16", "fp16"))
+            yield Variant(bits, "bf16", 128, True, DEQUANTIZE, arch, tails=True)
         yield from (Variant(bits, "bf16", 128, True, t, 89, tails=True) for t in tiles(bits, 89))
         for group, zeros in ((32, True), (64, True), (-1, True), (128, False)):
             yield Variant(bits, "bf16", group, zeros, tiles(bits, 90)[0], 90)
 
 
 def kernel_version() -> str:
-    """Changes with the source of the kernel, and with it every row of the table may."""
-    return str(gemm_kernel.cache_key)[:12]
+    """Changes with the source of the kernels, and with it every row of the table may."""
+    return hashlib.sha256((gemm_kernel.cache_key + dequantize_kernel.cache_key).encode()).hexdigest()[:12]
 
 
 def compile_variant(variant: Variant) -> Report:
@@ -104,9 +114,11 @@ def compile_variant(variant: Variant) -> Report:
     slab = slab_length(cols, group, bits)
     fixed = constants(bits, slab // PLANES[bits], group, cols, variant.zeros, variant.dtype == "bf16", tile)
     fixed |= {"SPLIT": 4 if variant.tails else 1, "EVEN_N": not variant.tails, "EVEN_K": not variant.tails}
+    if not variant.multiplies:
+        fixed = {name: value for name, value in fixed.items() if name not in ("BM", "STAGES", "SPLIT")}
     compiled = _compile(fixed, variant)
     usage, code = _disassemble(compiled.asm["cubin"])
-    loop = _main_loop(code)
+    loop = _main_loop(code) if variant.multiplies else code
     count = collections.Counter(op for _, op, _, _ in loop)
     per_weight = tile.warps * 32 / (slab * tile.rows_n)
     wgmma = [operands for _, op, _, operands in code if op == "HGMMA"]
@@ -119,7 +131,7 @@ def compile_variant(variant: Variant) -> Report:
         spill_instructions=sum(op in ("LDL", "STL") for _, op, _, _ in code),
         instructions=round(len(loop) * per_weight, 2),
         conversions=round(sum(count[op] for op in _CONVERSIONS) * per_weight, 2),
-        matrix="HGMMA" if wgmma else "HMMA",
+        matrix="HGMMA" if wgmma else "HMMA" if variant.multiplies else "",
         weights_in_registers=in_registers or not wgmma,
     )
 
@@ -127,14 +139,15 @@ def compile_variant(variant: Variant) -> Report:
 def _compile(fixed: dict[str, Any], variant: Variant) -> Any:
     kind = f"*{variant.dtype}"
     types = {"x_ptr": kind, "w_ptr": "*i16", "s_ptr": kind, "z_ptr": kind, "y_ptr": kind}
-    if variant.tails:
+    if variant.tails and variant.multiplies:
         types["y_ptr"] = "*fp32"
-    names = gemm_kernel.arg_names
+    kernel = gemm_kernel if variant.multiplies else dequantize_kernel
+    names = kernel.arg_names
     signature = {n: "constexpr" if n in fixed else types.get(n, "i32") for n in names}
-    sizes = ("K",) if variant.tails else ("N", "K")
+    sizes = ("K",) if variant.tails else ("N", "K", "start", "stop")
     # What the launcher finds out about the arguments of a large layer: pointers and sizes divide by 16.
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in types or n in sizes}
-    source = ASTSource(fn=gemm_kernel, signature=signature, constexprs=fixed, attrs=aligned)
+    source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=aligned)
     options = {"num_warps": variant.tile.warps, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", variant.arch, 32), options=options)
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vlmq_serve.kernels import choice, cpu, reference
+from vlmq_serve.kernels import ark, choice, cpu, reference
 
 NAME = "gemm"
 SCHEMA = (
@@ -42,12 +42,15 @@ def _gemm(
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] == 0:
         return x.new_empty((*x.shape[:-1], out_features))
-    if path == choice.TRITON:
-        from vlmq_serve.kernels import triton_gemm
+    if path in choice.TRITON_KINDS:
+        from vlmq_serve.kernels import triton_path
 
-        y = triton_gemm.gemm(rows, qdata, scales, zeros, bits, group_size, out_features)
+        kind = choice.TRITON_KINDS[path]
+        y = triton_path.gemm(rows, qdata, scales, zeros, bits, group_size, out_features, kind)
     elif path == choice.CPU_INT4:
         y = cpu.gemm_int4(rows, qdata, scales, zeros, out_features)
+    elif path == choice.CPU_ARK:
+        y = ark.gemm_ark(rows, qdata, bits, group_size, out_features)
     elif path == choice.CPU_DEQUANT:
         y = cpu.gemm_dequant(rows, qdata, scales, zeros, out_features)
     else:

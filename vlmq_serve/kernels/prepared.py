@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from vlmq_serve.format.weight import PackedWeight
-from vlmq_serve.kernels import choice, cpu
+from vlmq_serve.kernels import choice, cpu, scratch
+from vlmq_serve.kernels.ark import prepare_ark
 from vlmq_serve.kernels.nibbles import ROW_PAD, int4_kernel_block
 from vlmq_serve.kernels.op import ensure_registered
 
@@ -17,7 +18,8 @@ class PreparedWeight:
 
     Tensors and plain values, so that a module can hold the tensors as parameters and put the object together
     again. `zeros` is empty when the path has folded them in. `group_size` is the real one (K for a whole row).
-    Layouts: `reference` as in the checkpoint; `cpu_int4` and `cpu_dequant` see `cpu`; `triton` see `planes`.
+    Layouts: `reference` as in the checkpoint; `cpu_int4` and `cpu_dequant` see `cpu`; `cpu_ark` see `ark`;
+    `triton…` see `planes`.
     """
 
     qdata: Tensor
@@ -49,20 +51,24 @@ def prepare(
     rows, cols = weight.shape
     path = choice.choose_path(scheme.bits, dtype, device, path)
     qdata, scales, zeros = (t.to(device) for t in _repack(weight, dtype, path))
+    if path in choice.TRITON_KINDS:
+        scratch.reserve(device)
     group = scheme.group_length(cols)
     prepared = PreparedWeight(qdata, scales, zeros, scheme.bits, group, rows, cols, path)
-    choice.log_choice(path, scheme.bits, group, (rows, cols), dtype, prepared.nbytes)
+    choice.log_choice(path, scheme.bits, group, (rows, cols), dtype, qdata.device, prepared.nbytes)
     return prepared
 
 
 def _repack(weight: PackedWeight, dtype: torch.dtype, path: str) -> tuple[Tensor, Tensor, Tensor]:
-    if path == choice.TRITON:
+    if path in choice.TRITON_KINDS:
         from vlmq_serve.kernels import planes
 
         return planes.prepare_planes(weight, dtype)
     if path == choice.CPU_INT4:
         block = int4_kernel_block()
         return cpu.prepare_int4(weight, ROW_PAD if block is None else block)
+    if path == choice.CPU_ARK:
+        return prepare_ark(weight)
     if path == choice.CPU_DEQUANT:
         return cpu.prepare_dequant(weight, ROW_PAD)
     zeros = weight.zeros

@@ -1,6 +1,6 @@
 """One Triton GEMM for 2, 3 and 4-bit weights: y[M, N] = x[M, K] @ ((q - zero) * scale)[N, K].T
 
-Imported on the Triton path only. Layout of the weight: `planes`. The formulation:
+Layout of the weight: `planes`. The formulation:
 
 * The dequantized weight is the LEFT operand of the product (acc is [BN, BM]): on Hopper it stays in registers.
 * A code becomes a float without conversion. OR-ed into the mantissa of 2^7 (bf16) or 2^10 (fp16) at bit e, a
@@ -12,14 +12,11 @@ Imported on the Triton path only. Layout of the weight: `planes`. The formulatio
   a fixed order: the same input gives the same bits every time.
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.kernels.planes import PLANES
-from vlmq_serve.kernels.tiles import Tile, choose_tile, num_splits
+from vlmq_serve.kernels.tiles import Tile
 
 
 @triton.constexpr_function
@@ -193,29 +190,3 @@ def constants(bits: int, width: int, group_size: int, in_features: int, zeros: b
         "BN": tile.rows_n,
         "STAGES": tile.stages,
     }
-
-
-def gemm(
-    x: Tensor, qdata: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int, out_features: int
-) -> Tensor:
-    """x [M, K] fp16 or bf16, in the dtype of the scales, to [M, N]."""
-    if x.dtype != scales.dtype:
-        raise VLMQError(f"activations: got {x.dtype}, the weight was prepared for {scales.dtype}; prepare it again")
-    x = x.contiguous()
-    rows, cols = x.shape
-    slabs, _, _, width = qdata.shape
-    tile = choose_tile(rows, bits, x.device)
-    grid_n, grid_m = triton.cdiv(out_features, tile.rows_n), triton.cdiv(rows, tile.rows_m)
-    split = num_splits(grid_n * grid_m, slabs, x.device)
-    y = torch.empty((rows, out_features), dtype=x.dtype, device=x.device)
-    target = y if split == 1 else torch.empty((split, rows, out_features), dtype=torch.float32, device=x.device)
-    fixed = constants(bits, width, group_size, cols, zeros.numel() > 0, x.dtype == torch.bfloat16, tile)
-    with torch.cuda.device_of(x):
-        gemm_kernel[(grid_n, grid_m, split)](
-            x, qdata, scales, zeros if zeros.numel() else scales, target, rows, out_features, cols, slabs,
-            **fixed, SPLIT=split, EVEN_N=out_features % tile.rows_n == 0,
-            EVEN_K=cols == slabs * width * PLANES[bits], num_warps=tile.warps, enable_fp_fusion=True,
-        )  # fmt: skip
-        if split > 1:
-            sum_kernel[(triton.cdiv(y.numel(), 1024),)](target, y, y.numel(), SPLIT=split, BLOCK=1024)
-    return y

@@ -1,35 +1,130 @@
-"""`vlmq bench kernels`: our linear layers beside the dense ones of torch."""
+"""`vlmq bench kernels`: our linear layers beside the dense ones of torch and other packages' kernels."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from vlmq_serve.cli.console import one_line_errors, out, progress_bar
+from vlmq_serve.cli.console import err, one_line_errors, out, progress_bar
+from vlmq_serve.format.errors import VLMQError
+
+if TYPE_CHECKING:
+    from vlmq_serve.kernels.bench.layers import Layer
+    from vlmq_serve.kernels.bench.measure import Settings
+
+GPU_ROWS = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192"
+CPU_ROWS = "1,4,16,64,256"
+QUICK_ROWS = "1,16"
 
 
 @one_line_errors
 def kernels(
-    scheme: Annotated[str, typer.Option(help="Bits and group size, for example w4g128.")] = "w4g128",
-    seconds: Annotated[float, typer.Option(help="Time per path and M.")] = 1.0,
+    output: Annotated[Path, typer.Option("-o", "--output", help="CSV file; what it holds already is kept.")] = Path(
+        "runs/bench-kernels.csv"
+    ),
+    models: Annotated[str, typer.Option(help="2B, 7B or both; the linears of Qwen2-VL. Default: 2B on a CPU.")] = "",
+    layers: Annotated[str, typer.Option(help="Only these of qkv, o, gate_up, down.")] = "",
+    rows: Annotated[str, typer.Option(help="Values of M.")] = "",
+    bits: Annotated[str, typer.Option(help="Widths.")] = "4,3,2",
+    group_size: Annotated[str, typer.Option(help="Group sizes.")] = "128",
+    device: Annotated[str, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = "",
+    dtype: Annotated[str, typer.Option(help="16-bit type: bf16 or fp16.")] = "bf16",
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: as torch chooses.")] = 0,
+    seconds: Annotated[float, typer.Option(help="Time for each kernel at each M.")] = 0.3,
+    quick: Annotated[bool, typer.Option("--quick", help="Only qkv and down at M 1 and 16.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the file holds.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="PNG or SVG; needs matplotlib.")] = None,
 ) -> None:
-    """Compare our kernels with torch's linear in bf16 and fp32.
+    """Time our kernels, torch's dense linear and, on a GPU, vLLM's kernels and GemLite where they are installed.
 
-    Example: vlmq bench kernels --scheme w4g128
+    Weights rotate, so that none is still in a cache; times are medians, on a GPU of replayed CUDA graphs; every
+    kernel is checked against float64 in the same run. Ratios are to torch's 16-bit linear, to the fastest other
+    kernel and to the floor of a measured copy. Interrupted, it goes on where it stopped.
+
+    Example: vlmq bench kernels --models 2B,7B -o h100.csv --plot h100.png
     """
-    from vlmq_serve.format.scheme import Scheme
-    from vlmq_serve.kernels.bench import QWEN2_VL_2B, ROWS, cpu_name, run_cpu
+    import torch
 
-    results = []
+    from vlmq_serve.cli.bench import kernel_results as results
+    from vlmq_serve.kernels.bench.measure import environment, measure_layer
+
+    if threads:
+        torch.set_num_threads(threads)
+    settings = _settings(device, dtype, seconds)
+    on_gpu = settings.device.type == "cuda"
+    wanted = _layers(models or ("2B,7B" if on_gpu else "2B"), layers or ("qkv,down" if quick else ""))
+    counts = _numbers("rows", rows or (QUICK_ROWS if quick else GPU_ROWS if on_gpu else CPU_ROWS))
+    schemes = _schemes(_numbers("bits", bits), _numbers("group-size", group_size))
+    where = environment(settings)
+    known = [] if fresh else results.read(output, where)
+    todo = {layer: results.missing(known, layer, counts, schemes) for layer in wanted}
+    out.print(f"{where['device']}, copies {settings.copy_rate / 1e9:.1f} GB/s (read and written)", highlight=False)
     with progress_bar() as bar:
-        task = bar.add_task("measuring", total=len(QWEN2_VL_2B) * len(ROWS) * 5, note="")
-        for result in run_cpu(QWEN2_VL_2B, ROWS, Scheme.parse(scheme), seconds):
-            results.append(result)
-            bar.advance(task)
-    names = [n for n in dict.fromkeys(r.path for r in results) if not n.startswith("torch")]
-    table = Table("layer", "M", *names, title=f"times faster than torch bf16 / fp32, {cpu_name()}")
-    for layer, rows in dict.fromkeys((r.layer, r.rows) for r in results):
-        cell = {r.path: r for r in results if (r.layer, r.rows) == (layer, rows)}
-        ratios = [f"{cell[n].over_torch_bf16:.2f} / {cell[n].over_torch_fp32:.2f}" for n in names]
-        table.add_row(layer, str(rows), *ratios)
-    out.print(table)
+        task = bar.add_task("measuring", total=sum(len(left) for left in todo.values()), note="")
+        for layer, left in todo.items():
+            if not left:
+                continue
+            bar.update(task, note=f"{layer.model} {layer.name}: preparing")
+            for cell in measure_layer(layer, left, schemes, settings, _peers(on_gpu)):
+                results.append(output, where, cell, fresh=fresh)
+                bar.update(task, advance=1, note=f"{layer.model} {layer.name}, M={cell[0].rows}")
+    found = results.select(results.read(output, where), wanted, counts, schemes)
+    for table in results.tables(found, where):
+        out.print(table)
+    for line in results.wrong(found):
+        err.print(f"[bold red]wrong or failed:[/] {line}", highlight=False)
+    out.print(f"rows in {output}")
+    if plot is not None:
+        results.draw(found, where, plot)
+        out.print(f"plot in {plot}")
+
+
+def _settings(device: str, dtype: str, seconds: float) -> "Settings":
+    import torch
+
+    from vlmq_serve.kernels.bench.measure import Settings
+    from vlmq_serve.kernels.bench.timing import copy_bandwidth
+
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    if dtype not in types:
+        raise VLMQError(f"--dtype: got {dtype!r}, allowed {list(types)}")
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+        raise VLMQError(f"--device: got {device!r}, allowed 'cpu', or 'cuda' where torch sees a GPU")
+    place = torch.device(kind)
+    return Settings(place, types[dtype], seconds, copy_bandwidth(place))
+
+
+def _layers(models: str, names: str) -> "list[Layer]":
+    from vlmq_serve.kernels.bench.layers import LAYERS
+
+    keep = {"models": models.split(","), "layers": names.split(",") if names else [x.name for x in LAYERS]}
+    allowed = {"models": {x.model for x in LAYERS}, "layers": {x.name for x in LAYERS}}
+    for option, values in keep.items():
+        unknown = set(values) - allowed[option]
+        if unknown:
+            raise VLMQError(
+                f"--{option}: got {sorted(unknown)}, allowed {sorted(allowed[option])}, with commas between"
+            )
+    return [x for x in LAYERS if x.model in keep["models"] and x.name in keep["layers"]]
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise VLMQError(f"--{option}: got {text!r}, expected whole numbers with commas between") from None
+
+
+def _schemes(bits: list[int], groups: list[int]) -> list[str]:
+    from vlmq_serve.format.scheme import Scheme
+
+    return [str(Scheme(width, group)) for group in groups for width in bits]
+
+
+def _peers(on_gpu: bool) -> list:
+    if not on_gpu:
+        return []
+    from vlmq_serve.cli.bench.kernel_peers import gemlite_peers, vllm_peers
+
+    return [vllm_peers, gemlite_peers]

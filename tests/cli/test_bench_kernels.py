@@ -1,0 +1,156 @@
+"""`vlmq bench kernels` on a CPU: measures, checks, goes on where it stopped; and how peers get their weight."""
+
+import csv
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from vlmq_serve.cli import app
+from vlmq_serve.cli.bench import kernel_peers, kernel_results
+from vlmq_serve.format.scheme import Scheme
+from vlmq_serve.kernels.bench import measure
+from vlmq_serve.kernels.bench.candidates import PEER, Candidate
+from vlmq_serve.kernels.bench.layers import LAYERS, Layer, random_weight
+
+TINY = Layer("2B", "tiny", 128, 256)
+CPU = torch.device("cpu")
+
+
+def settings() -> measure.Settings:
+    return measure.Settings(CPU, torch.bfloat16, 0.001, 1e10)
+
+
+def bench(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["bench", "kernels", *map(str, arguments)], env={"COLUMNS": "200"})
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command on one layer that takes no time."""
+    monkeypatch.setattr("vlmq_serve.kernels.bench.layers.LAYERS", (TINY,))
+    monkeypatch.setattr("vlmq_serve.kernels.bench.timing.cache_bytes", lambda _: 1 << 20)
+    monkeypatch.setattr("vlmq_serve.kernels.bench.measure.cache_bytes", lambda _: 1 << 16)
+
+
+@pytest.mark.unit
+@pytest.mark.usefixtures("tiny")
+def test_measures_shows_and_goes_on(tmp_path: Path) -> None:
+    table, picture = tmp_path / "new" / "k.csv", tmp_path / "k.png"
+    first = bench("-o", table, "--rows", "1,3", "--seconds", 0.001, "--plot", picture)
+    assert first.exit_code == 0, first.output
+    assert "times faster than torch bf16" in first.output
+    assert picture.stat().st_size > 1000
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["scheme"] for row in rows} == {"", "w4g128", "w3g128", "w2g128"}
+    assert all(float(row["microseconds"]) > 0 and float(row["error"]) < 2e-2 for row in rows)
+    assert {row["over_bf16"] for row in rows if row["path"] == "torch bf16"} == {"1"}
+    before = table.read_text()
+    again = bench("-o", table, "--rows", "1,3,5", "--seconds", 0.001)
+    assert again.exit_code == 0, again.output
+    assert table.read_text().startswith(before)
+    assert {row.rows for row in kernel_results.read(table, measure.environment(settings()))} == {1, 3, 5}
+    fresh = bench("-o", table, "--rows", "1", "--seconds", 0.001, "--fresh")
+    assert fresh.exit_code == 0, fresh.output
+    assert len(table.read_text().splitlines()) == 1 + 3 * len(rows) // 2
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--models", "72B"), "--models: got"),
+        (("--rows", "1;2"), "--rows: got '1;2'"),
+        (("--bits", "5"), "bits: got 5"),
+        (("--dtype", "fp8"), "--dtype: got 'fp8'"),
+        (("--device", "tpu"), "--device: got 'tpu'"),
+    ],
+)
+def test_bad_input_is_one_error(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    result = bench(*arguments, "-o", tmp_path / "k.csv")
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.unit
+def test_other_tables_are_not_overwritten(tmp_path: Path) -> None:
+    other = tmp_path / "k.csv"
+    other.write_text("a,b\n1,2\n")
+    result = bench("-o", other)
+    assert result.exit_code == 1
+    assert "is not a table of this command" in result.stderr
+    assert other.read_text() == "a,b\n1,2\n"
+
+
+@pytest.mark.unit
+def test_a_wrong_or_failing_peer_gets_no_time() -> None:
+    def broken(_: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no kernel image")
+
+    built, exact = measure.build_candidates(TINY, ["w4g128"], settings(), [])
+    peers = [
+        Candidate("wrong", PEER, "w4g128", torch.bfloat16, (lambda x: x[:, :128],), 1),
+        Candidate("broken", PEER, "w4g128", torch.bfloat16, (broken,), 1),
+    ]
+    cell = measure.measure_cell(TINY, torch.randn(2, 256), [*built, *peers], exact, settings())
+    bad = {m.path for m in cell if math.isnan(m.microseconds)}
+    assert bad == {"wrong", "broken"}
+    assert len(list(kernel_results.wrong(cell))) == 2
+
+
+@pytest.mark.unit
+def test_layers_are_those_of_the_models() -> None:
+    """Sizes of the published configs: hidden 1536 and 3584, intermediate 8960 and 18944, key-values 256 and 512."""
+    for model, hidden, wide, pairs in (("2B", 1536, 8960, 256), ("7B", 3584, 18944, 512)):
+        shapes = {x.name: (x.out_features, x.in_features) for x in LAYERS if x.model == model}
+        assert shapes == {
+            "qkv": (hidden + 2 * pairs, hidden), "o": (hidden, hidden),
+            "gate_up": (2 * wide, hidden), "down": (hidden, wide),
+        }  # fmt: skip
+
+
+@pytest.fixture
+def single_rank() -> Iterator[None]:
+    kernel_peers.start_single_rank()
+    yield
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()
+
+
+@pytest.mark.serve
+@pytest.mark.usefixtures("single_rank")
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_vllm_reads_the_weight_that_we_gave(symmetric: bool) -> None:
+    """vLLM's own repacking of our layer, done on the CPU, gives back codes, scales and zeros."""
+    from vllm.model_executor.kernels.linear import TritonW4A16LinearKernel
+
+    scheme = Scheme(4, 64, symmetric)
+    weight = random_weight(TINY, scheme, torch.bfloat16, CPU)
+    config = kernel_peers.vllm_config(weight, torch.bfloat16)
+    kernel = TritonW4A16LinearKernel(config, "weight_packed", "weight_scale", "weight_zero_point")
+    layer = kernel_peers.vllm_layer(weight, torch.bfloat16)
+    kernel.process_weights_after_loading(layer)
+    shifts = torch.arange(8) * 4
+
+    def unpack(words: torch.Tensor) -> torch.Tensor:
+        return ((words[..., None] >> shifts) & 15).flatten(-2)
+
+    zeros = config.weight_type.bias if symmetric else unpack(layer.weight_zero_point).repeat_interleave(64, 0)
+    codes = unpack(layer.weight_packed)
+    dense = (codes - zeros).float() * layer.weight_scale.float().repeat_interleave(64, 0)
+    assert torch.equal(dense.t(), weight.dequantize())
+
+
+@pytest.mark.serve
+def test_no_peer_claims_to_run_here() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("peers run on this machine")
+    weight = random_weight(TINY, Scheme(4, 128), torch.bfloat16, CPU)
+    assert list(kernel_peers.vllm_peers(weight, torch.bfloat16, 1)) == []
+    assert list(kernel_peers.gemlite_peers(weight, torch.bfloat16, 1)) == []
