@@ -15,9 +15,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vlmq_serve.bench.variants import Variant
 from vlmq_serve.cli.console import out
-from vlmq_serve.kernels.bench import cpu_name
+from vlmq_serve.kernels.bench.measure import device_name
 
 PROMPT = [*range(20, 52)]
 TOKENS = 16
@@ -51,7 +53,7 @@ def main() -> None:
         )
         for variant in variants:
             own = times[variant.name]
-            row = [cpu_name(), variant.name, variant.dtype, f"{own:.2f}", f"{first / own:.3f}"]
+            row = [device_name(torch.device("cpu")), variant.name, variant.dtype, f"{own:.2f}", f"{first / own:.3f}"]
             writer.writerow(row)
             out.print(row)
 

@@ -48,11 +48,13 @@ def measure(
     columns: Sequence[str],
 ) -> None:
     """Measure all variants under `loads` and write OUTPUT/`name`.csv and .md."""
+    import torch
+
     from vlmq_serve.bench.plots import plot_all
     from vlmq_serve.bench.serving import run_variant
     from vlmq_serve.bench.tables import markdown, ratio_table, read_rows, write_csv
     from vlmq_serve.bench.variants import Variant
-    from vlmq_serve.kernels.bench import cpu_name
+    from vlmq_serve.kernels.bench.measure import device_name
 
     variants = [Variant.parse(text) for text in texts]
     names = [variant.name for variant in variants]
@@ -66,14 +68,13 @@ def measure(
         for variant in variants:
             run_variant(variant, loads, output, arguments, lambda text: bar.update(task, note=text))
             bar.advance(task)
+    device = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     rows = read_rows(output, names, timings=bool(loads))
-    write_csv(output / f"{name}.csv", rows, cpu_name())
+    write_csv(output / f"{name}.csv", rows, device)
     lines = ratio_table(rows, names[0], columns)
-    (output / f"{name}.md").write_text(f"{cpu_name()}\n\n{markdown(lines)}", encoding="utf-8")
+    (output / f"{name}.md").write_text(f"{device}\n\n{markdown(lines)}", encoding="utf-8")
     plot_all(output, rows)
-    table = Table(
-        *lines[0], title=f"{names[0]} in units, the others relative to it; {cpu_name()}", title_justify="left"
-    )
+    table = Table(*lines[0], title=f"{names[0]} in units, the others relative to it; {device}", title_justify="left")
     for line in lines[1:]:
         table.add_row(*line)
     out.print(table)
