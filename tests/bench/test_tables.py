@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from vlmq_serve.bench.serving import ServerFacts, bench_command, run_variant
+from vlmq_serve.bench.memory import device_memory, sample
+from vlmq_serve.bench.serving import ServerFacts, bench_command, missing_loads, run_variant
 from vlmq_serve.bench.tables import markdown, ratio_table, read_rows
-from vlmq_serve.bench.variants import FULL, QUICK, Load, Variant
+from vlmq_serve.bench.variants import FULL, QUICK, Load, Variant, with_arguments
 from vlmq_serve.cli import app
+from vlmq_serve.device import device_name
 from vlmq_serve.evaluate.server import Server
 from vlmq_serve.format.errors import VLMQError
 
@@ -23,10 +25,14 @@ def measured(out: Path, name: str, speed: float, worker: float) -> None:
     """A finished variant, as a run leaves it."""
     folder = out / name
     folder.mkdir(parents=True)
-    facts = ServerFacts(name, "auto", 100 * worker, 40.0, 4096, 2 * worker, worker, 3 * worker, 0.0, 0.0)
+    disk = round((MODEL / "model.safetensors").stat().st_size / 2**20, 1)
+    facts = ServerFacts(
+        name, "auto", (), device_name(), disk, 40.0, 4096, 2 * worker, worker, 3 * worker, 0.0, 0.0
+    )  # fmt: skip
     (folder / "server.json").write_text(json.dumps(asdict(facts)))
     for load in QUICK:
         result = {"median_ttft_ms": 10 / speed, "median_tpot_ms": 5 / speed, "output_throughput": 20 * speed}
+        result |= {"completed": load.count, "total_input_tokens": load.count * (40 + 64 * bool(load.image))}
         (folder / f"{load.name}.json").write_text(json.dumps(result))
 
 
@@ -39,11 +45,13 @@ def results(tmp_path: Path) -> Path:
 
 def test_ratios_are_to_the_first_variant_without_the_floor(results: Path) -> None:
     rows = read_rows(results, ["bf16", "w3", "floor"])
-    header, *lines = ratio_table(rows, "bf16", ["TPOT ms", "output tokens/s", "weights_mib", "ITL ms"])
-    assert header == ["variant", "load", "TPOT ms", "output tokens/s", "weights_mib", "ITL ms"]
+    columns = ["TPOT ms", "output tokens/s", "weights_mib", "ITL ms", "prompt tokens"]
+    header, *lines = ratio_table(rows, "bf16", columns)
+    assert header == ["variant", "load", "TPOT ms", "output tokens/s", "weights_mib", "prompt tokens"]
     assert {line[0] for line in lines} == {"bf16", "w3"}
-    assert ["bf16", "c1-p32-o32-i0", "5", "20", "500", "-"] in lines
-    assert ["w3", "c1-p32-o32-i0", "x0.50", "x2.00", "x0.40", "-"] in lines
+    assert ["bf16", "c1-p32-o32-n3", "5", "20", "500", "40"] in lines
+    assert ["bf16", "c1-p32-o16-i112-n3", "5", "20", "500", "104"] in lines
+    assert ["w3", "c1-p32-o32-n3", "x0.50", "x2.00", "x0.40", "x1.00"] in lines
     assert markdown([header, *lines]).startswith("| variant | load |")
 
 
@@ -67,12 +75,57 @@ def test_memory_has_one_row_per_variant(results: Path) -> None:
     assert "TPOT ms" not in rows[0].values
 
 
-def test_a_variant_with_a_missing_load_is_started(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_is_missing_is_measured(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    variant = Variant("w3", MODEL)
+    assert missing_loads(variant, QUICK, results) is None
     (results / "w3" / f"{QUICK[1].name}.json").unlink()
+    assert missing_loads(variant, QUICK, results) == [QUICK[1]]
+    assert missing_loads(Variant("new", MODEL), QUICK, results) == [*QUICK]
+    assert missing_loads(Variant("new", MODEL), (), results) == []
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr("sys.executable", str(results / "python"))
     with pytest.raises(VLMQError, match="vllm: command not found"):
-        run_variant(Variant("w3", MODEL), QUICK, results, (), lambda _: None)
+        run_variant(variant, [QUICK[1]], results, lambda _: None)
+
+
+def test_results_of_another_setting_are_not_taken_over(results: Path) -> None:
+    with pytest.raises(VLMQError, match=r"w3: was measured with arguments \[\], got \['--enforce-eager'\]"):
+        missing_loads(Variant("w3", MODEL, "auto", ("--enforce-eager",)), QUICK, results)
+
+
+def test_a_variant_that_fails_does_not_end_the_others(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (results / "bf16" / "server.json").unlink()
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("sys.executable", str(results / "python"))
+    arguments = ["bench", "memory", *(f"{name}={MODEL}" for name in ("w3", "bf16")), "-o", str(results)]
+    done = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    assert done.exit_code == 1
+    assert "bf16 failed: vllm: command not found" in done.stderr
+    assert "w3" in (results / "memory.csv").read_text()
+
+
+def test_arguments_for_all_and_for_one() -> None:
+    variants = with_arguments([Variant("a", MODEL), Variant("b", MODEL)], ["--x=1:2", "b:--linear-backend=marlin"])
+    assert [v.arguments for v in variants] == [("--x=1:2",), ("--x=1:2", "--linear-backend=marlin")]
+    with pytest.raises(VLMQError, match="no variant is called 'c'"):
+        with_arguments(variants, ["c:--x"])
+
+
+def test_memory_of_this_process_is_seen() -> None:
+    import os
+
+    now = sample(os.getpid())
+    assert now.processes_mib >= now.largest_mib > 10
+
+
+def test_a_process_on_a_gpu_is_told_from_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver's tool as it answers on a machine with two GPUs; where it hides processes, the total counts."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text('#!/bin/sh\ncase $1 in *compute-apps*) printf "7, 500\\n8, 900\\n7, 40\\n";; *) echo 2000;; esac\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert device_memory([7, 9]) == 540
+    assert device_memory([1]) == 2000
 
 
 @pytest.mark.parametrize(
@@ -84,14 +137,25 @@ def test_a_wrong_variant_is_one_clear_error(text: str, message: str) -> None:
         Variant.parse(text)
 
 
-def test_names_of_loads_are_different() -> None:
+def test_loads_are_read_as_they_are_named() -> None:
     assert len({load.name for load in FULL}) == len(FULL)
-    assert Load(8, 1, 2, 3, 448, 0.5).name == "c8-p2-o3-i448-r0.5"
+    for load in (*FULL, *QUICK):
+        assert Load.parse(load.name) == load
+    assert Load.parse("c8-p2-o3-i640x480-r0.5-n9") == Load(8, 2, 3, (640, 480), 0.5, 9)
+    for text in ("c8", "c0-p1-o1", "c1-p1-o1-r0", "c1-p1-o1-i4y4", ""):
+        with pytest.raises(VLMQError, match="load: got"):
+            Load.parse(text)
 
 
-def test_all_variants_get_the_same_requests(tmp_path: Path) -> None:
+def test_all_variants_get_the_same_requests_and_each_load_others(tmp_path: Path) -> None:
     server = Server("http://127.0.0.1:1/v1", "m", tmp_path / "log", 1.0, 1)
-    command = bench_command(Variant("w4", MODEL), server, QUICK[1], tmp_path)
-    assert command[command.index("--seed") + 1] == "0"
+
+    def seed(name: str, load: Load) -> str:
+        command = bench_command(Variant(name, MODEL), server, load, tmp_path)
+        return command[command.index("--seed") + 1]
+
+    assert seed("w4", FULL[0]) == seed("bf16", FULL[0])
+    assert len({seed("w4", load) for load in FULL}) == len(FULL)
+    command = bench_command(Variant("w4", MODEL), server, Load(1, 2, 3, (640, 480)), tmp_path)
     assert "--ignore-eos" in command
-    assert "{(112, 112, 1): 1.0}" in command
+    assert "{(480, 640, 1): 1.0}" in command  # vLLM counts height first

@@ -3,44 +3,62 @@
 import subprocess
 import threading
 import time
+from collections.abc import Collection
+from dataclasses import dataclass
 from types import TracebackType
 
 MIB = 2**20
 
 
-def process_memory(pid: int) -> tuple[float, float]:
-    """MiB of `pid` and all processes below it, and of the largest of them alone (the worker that holds the weights).
+@dataclass(frozen=True)
+class Sample:
+    """MiB now: all processes of a tree, the largest of them alone (the worker with the weights), and on NVIDIA GPUs."""
 
-    Proportional set size, so that memory that processes share counts once.
-    """
+    processes_mib: float
+    largest_mib: float
+    device_mib: float
+
+
+def sample(pid: int) -> Sample:
+    """Memory of `pid` and all processes below it; proportional set sizes, so that shared memory counts once."""
     import psutil
 
-    sizes = [0.0]
+    sizes = {}
     try:
         root = psutil.Process(pid)
         for process in (root, *root.children(recursive=True)):
             try:
-                sizes.append(process.memory_full_info().pss / MIB)
+                sizes[process.pid] = process.memory_full_info().pss / MIB
             except psutil.Error:
                 continue
     except psutil.Error:
         pass
-    return sum(sizes), max(sizes)
+    return Sample(round(sum(sizes.values()), 1), round(max(sizes.values(), default=0.0), 1), device_memory(sizes))
 
 
-def device_memory() -> float:
-    """MiB in use on all NVIDIA GPUs; 0 where there are none."""
-    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+def device_memory(pids: Collection[int]) -> float:
+    """MiB of these processes on all NVIDIA GPUs; 0 where there are none.
+
+    Where the driver cannot name processes, as in some containers: what everybody uses.
+    """
+    apps = _ask_driver("--query-compute-apps=pid,used_memory")
+    own = [float(memory) for pid, memory in apps if pid.isdigit() and int(pid) in pids and memory.isdigit()]
+    return sum(own) if own else sum(float(memory) for (memory,) in _ask_driver("--query-gpu=memory.used"))
+
+
+def _ask_driver(query: str) -> list[list[str]]:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            ["nvidia-smi", query, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
-        return 0.0
-    numbers = [line for line in done.stdout.split() if line.isdigit()]
-    return float(sum(map(int, numbers)))
+        return []
+    lines = done.stdout.splitlines() if done.returncode == 0 else []
+    return [[part.strip() for part in line.split(",")] for line in lines if line.strip()]
 
 
 class MemoryWatch:
-    """Highest memory of a process tree and of the GPUs while the block runs."""
+    """Highest memory of a process tree and of its share of the GPUs while the block runs."""
 
     def __init__(self, pid: int, interval_s: float = 1.0) -> None:
         self.peak_mib = 0.0
@@ -59,14 +77,11 @@ class MemoryWatch:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        self._sample()
 
     def _watch(self) -> None:
         while not self._stop.is_set():
             started = time.monotonic()
-            self._sample()
+            now = sample(self._pid)
+            self.peak_mib = max(self.peak_mib, now.processes_mib)
+            self.peak_device_mib = max(self.peak_device_mib, now.device_mib)
             self._stop.wait(max(0.0, self._interval_s - (time.monotonic() - started)))
-
-    def _sample(self) -> None:
-        self.peak_mib = max(self.peak_mib, process_memory(self._pid)[0])
-        self.peak_device_mib = max(self.peak_device_mib, device_memory())

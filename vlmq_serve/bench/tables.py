@@ -3,19 +3,26 @@
 import csv
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlmq_serve.bench.plots import plot_all
+from vlmq_serve.bench.rows import FLOOR, Row
+from vlmq_serve.bench.variants import Load
+from vlmq_serve.device import device_name
+
 METRICS = {
     "median_ttft_ms": "TTFT ms",
+    "p99_ttft_ms": "TTFT p99 ms",
     "median_tpot_ms": "TPOT ms",
+    "p99_tpot_ms": "TPOT p99 ms",
     "median_itl_ms": "ITL ms",
     "p99_itl_ms": "ITL p99 ms",
     "request_throughput": "requests/s",
     "output_throughput": "output tokens/s",
+    "total_token_throughput": "all tokens/s",
 }
-"""What is taken from `vllm bench serve`, and what it is called in tables."""
+"""What is taken from `vllm bench serve`, and what it is called in tables; medians where nothing else is said."""
 FACTS = (
     "startup_s",
     "kv_tokens",
@@ -26,17 +33,8 @@ FACTS = (
     "device_weights_mib",
     "device_mib",
 )
-FLOOR = "floor"
-"""A variant of this name is a model with next to no weights: what its worker needs is subtracted from the others."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One variant under one load; `load` is empty for a measurement of memory only."""
-
-    variant: str
-    load: str
-    values: dict[str, float]
+PROMPT = "prompt tokens"
+"""Of one request, its image included: what shows that the image was sent."""
 
 
 def read_rows(out: Path, names: Sequence[str], timings: bool = True) -> list[Row]:
@@ -48,20 +46,46 @@ def read_rows(out: Path, names: Sequence[str], timings: bool = True) -> list[Row
         if not facts:
             continue
         values = {key: float(facts[key]) for key in FACTS}
-        if floor:
+        if values["device_weights_mib"]:
+            values["weights_mib"] = values["device_weights_mib"]
+        elif floor:
             values["weights_mib"] = max(0.0, round(values["worker_mib"] - floor, 1))
-        loads: list[Path | None] = [*sorted((out / name).glob("c*.json"))] if timings else []
-        for path in loads or [None]:
-            measured = json.loads(path.read_text(encoding="utf-8")) if path else {}
-            times = {label: round(float(measured[key]), 3) for key, label in METRICS.items() if key in measured}
-            rows.append(Row(name, path.stem if path else "", {**times, **values}))
+        loads = sorted((out / name).glob("c*.json"), key=_load_order) if timings else []
+        rows += [Row(name, path.stem, {**_times(path), **values}) for path in loads] or [Row(name, "", values)]
     return rows
+
+
+def _load_order(path: Path) -> tuple[str, float, int]:
+    load = Load.parse(path.stem)
+    return load.shape, load.rate, load.concurrency
+
+
+def _times(path: Path) -> dict[str, float]:
+    measured = json.loads(path.read_text(encoding="utf-8"))
+    times = {label: round(float(measured[key]), 3) for key, label in METRICS.items() if key in measured}
+    if measured.get("completed"):
+        times[PROMPT] = round(measured["total_input_tokens"] / measured["completed"])
+    return times
 
 
 def _facts(folder: Path) -> dict[str, Any]:
     path = folder / "server.json"
     facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return facts
+
+
+def write_results(
+    out: Path, name: str, names: Sequence[str], columns: Sequence[str], timings: bool
+) -> tuple[list[list[str]], str]:
+    """Write `out/NAME.csv`, `.md` and the plots of the variants `names`; returns the table and the device's name."""
+    rows = read_rows(out, names, timings)
+    device = device_name()
+    write_csv(out / f"{name}.csv", rows, device)
+    lines = ratio_table(rows, names[0], columns)
+    text = f"{device}. `{names[0]}` in units, the others as multiples of it.\n\n{markdown(lines)}"
+    (out / f"{name}.md").write_text(text, encoding="utf-8")
+    plot_all(out, rows, device)
+    return lines, device
 
 
 def write_csv(path: Path, rows: Sequence[Row], device: str) -> None:
@@ -74,7 +98,11 @@ def write_csv(path: Path, rows: Sequence[Row], device: str) -> None:
 
 
 def ratio_table(rows: Sequence[Row], baseline: str, columns: Sequence[str]) -> list[list[str]]:
-    """Header and lines: the baseline's own numbers, and for the others how many times as large theirs are."""
+    """Header and lines: the baseline's own numbers, and for the others how many times as large theirs are.
+
+    Columns that nobody has a number for, such as a GPU's on a CPU, are left out.
+    """
+    columns = [column for column in columns if any(row.values.get(column) for row in rows)]
     lines = [["variant", "load", *columns]]
     base = {row.load: row for row in rows if row.variant == baseline}
     for row in rows:

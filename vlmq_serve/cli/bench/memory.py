@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vlmq_serve.cli.bench.serve import ARGUMENTS_HELP, SIZES, VARIANTS_HELP, measure
+from vlmq_serve.cli.bench.serve import ARGUMENTS_HELP, SIZES, VARIANTS_HELP, run
 from vlmq_serve.cli.console import one_line_errors
 
 
@@ -21,4 +21,4 @@ def memory(
 
     Example: vlmq bench memory bf16=./model w4=./w4 floor=./examples/tiny-qwen2vl -o results
     """
-    measure(variants, (), output, argument or [], "memory", SIZES)
+    run(variants, (), output, argument or [], "memory", SIZES)
