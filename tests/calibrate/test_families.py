@@ -88,6 +88,7 @@ def llava_onevision(tokenizer, text):
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
         image_grid_pinpoints=[[56, 56], [56, 112]], vision_feature_layer=-1, vision_feature_select_strategy="full",
+        tie_word_embeddings=text["tie_word_embeddings"],
     )  # fmt: skip
     size = {"height": 56, "width": 56}
     images = LlavaOnevisionImageProcessor(size=size, crop_size=size, image_grid_pinpoints=[[56, 56], [56, 112]])
@@ -104,6 +105,7 @@ def internvl(tokenizer, text):
         vision_config={"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
                        "image_size": [56, 56], "patch_size": [14, 14]},
         image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"), image_seq_length=4,
+        tie_word_embeddings=text["tie_word_embeddings"],
     )  # fmt: skip
     images = GotOcr2ImageProcessor(size={"height": 56, "width": 56}, crop_to_patches=True, min_patches=1, max_patches=2)
     processor = InternVLProcessor(images, tokenizer, InternVLVideoProcessor(), image_seq_length=4)
@@ -118,6 +120,26 @@ NAMED = {
 }  # fmt: skip
 
 
+def tokenizer_of(family, folder):
+    """The tokenizer in `folder` with the tokens that stand for images in a family."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<img>", "</img>", "<IMG_CONTEXT>"]})
+    if family != "internvl":
+        return tokenizer
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        extra_special_tokens=NAMED,
+    )  # fmt: skip
+
+
+def set_unit_gain(model):
+    """Random weights that neither blow up nor fade, in the vision tower too."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 and "norm" not in name:
+                parameter.normal_(0, 1.0 / parameter.shape[1] ** 0.5)
+
+
 @pytest.fixture(scope="module")
 def make_model(tiny_model, tmp_path_factory):
     """Writes the tiny model of a family once, bf16, with its processor; weights of unit gain."""
@@ -126,20 +148,11 @@ def make_model(tiny_model, tmp_path_factory):
     def make(family: str) -> Path:
         if family not in made:
             folder = tmp_path_factory.mktemp(family) / "model"
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_model)
-            tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<img>", "</img>", "<IMG_CONTEXT>"]})
-            if family == "internvl":
-                tokenizer = PreTrainedTokenizerFast(
-                    tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                    extra_special_tokens=NAMED,
-                )  # fmt: skip
+            tokenizer = tokenizer_of(family, tiny_model)
             torch.manual_seed(0)
             text = {**TEXT, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
             model, processor = BUILDERS[family](tokenizer, text)
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    if parameter.dim() == 2 and "norm" not in name:
-                        parameter.normal_(0, 1.0 / parameter.shape[1] ** 0.5)
+            set_unit_gain(model)
             model.to(torch.bfloat16).save_pretrained(folder)
             template = (tiny_model / "chat_template.jinja").read_text()
             old = "<|vision_start|><|image_pad|><|vision_end|>"

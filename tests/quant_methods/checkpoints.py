@@ -14,7 +14,7 @@ from vlmq_serve.format.scheme import Scheme
 from vlmq_serve.format.shards import write_checkpoint
 from vlmq_serve.format.weight import PackedWeight
 
-IGNORE = ("model.visual", "lm_head")
+IGNORE = ("visual", "vision_tower", "multi_modal_projector", "lm_head")
 
 
 def round_to_nearest(weight: torch.Tensor, scheme: Scheme) -> PackedWeight:
@@ -35,7 +35,7 @@ def round_to_nearest(weight: torch.Tensor, scheme: Scheme) -> PackedWeight:
 
 
 def is_decoder_linear(name: str) -> bool:
-    return ".layers." in name and name.endswith("proj.weight") and "visual" not in name
+    return ".layers." in name and name.endswith("proj.weight") and not {*IGNORE} & {*name.split(".")}
 
 
 def quantize(source: Path, out: Path, scheme: str, overrides: dict[str, str] | None = None) -> Path:

@@ -47,18 +47,21 @@ def render(processor: Any, chat: Chat) -> str:
     return processor.apply_chat_template(chat.prompt, tokenize=False, add_generation_prompt=True)
 
 
-def reference_logprobs(model: Any, processor: Any, chat: Chat, generated: list[int]) -> torch.Tensor:
-    """Log-probabilities [tokens, vocabulary] where `generated` stands, from transformers in one forward pass."""
-    inputs = processor(text=[render(processor, chat)], images=chat.images(), return_tensors="pt")
+def reference_logprobs(
+    model: Any, processor: Any, chat: Chat, generated: list[int], images: Sequence[Any] | None = None
+) -> torch.Tensor:
+    """Log-probabilities [tokens, vocabulary] where `generated` stands, from transformers in one forward pass.
+
+    images: others than those of the chat.
+    """
+    inputs = processor(text=[render(processor, chat)], images=images or chat.images(), return_tensors="pt")
     tokens = torch.cat([inputs["input_ids"], torch.tensor([generated])], dim=1)
+    if "mm_token_type_ids" in inputs:
+        inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, len(generated)))
+    others = {key: value for key, value in inputs.items() if key not in ("input_ids", "attention_mask")}
+    others["pixel_values"] = others["pixel_values"].to(model.dtype)
     with torch.inference_mode():
-        logits = model(
-            input_ids=tokens,
-            attention_mask=torch.ones_like(tokens),
-            mm_token_type_ids=torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, len(generated))),
-            pixel_values=inputs["pixel_values"].to(model.dtype),
-            image_grid_thw=inputs["image_grid_thw"],
-        ).logits
+        logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), **others).logits
     return logits[0, -len(generated) - 1 : -1].float().log_softmax(-1)
 
 
