@@ -29,13 +29,21 @@ def chats(split: str, count: int) -> Iterator[dict]:
         yield {"messages": messages, "task": question.kind}
 
 
-def main(folder: Annotated[Path, typer.Argument(help="Folder for the two files.")]) -> None:
+def main(
+    folder: Annotated[Path, typer.Argument(help="Folder for the two files.")],
+    calibration: Annotated[int, typer.Option(min=1, help="Chats to calibrate with.")] = CALIBRATION_CHATS,
+    evaluation: Annotated[int, typer.Option(min=1, help="Held-out questions.")] = EVALUATION_CHATS,
+) -> None:
     """Write calibration.jsonl (512 chats) and evaluation.jsonl (2,048 chats); the same files every time.
 
+    More calibration chats begin with the same 512: a pool from which several calibration seeds draw different ones.
+
     Example: python -m examples.tiny_world.data examples/data
+
+    Example: python -m examples.tiny_world.data out/pool --calibration 4096
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for split, count in (("calibration", CALIBRATION_CHATS), ("evaluation", EVALUATION_CHATS)):
+    for split, count in (("calibration", calibration), ("evaluation", evaluation)):
         path = folder / f"{split}.jsonl"
         path.write_text("".join(json.dumps(chat, ensure_ascii=False) + "\n" for chat in chats(split, count)))
         Console().print(f"wrote {path}: {count} chats, {path.stat().st_size / 1e6:.2f} MB")

@@ -113,7 +113,7 @@ def _describe_data(run: Run, data: CalibrationData, feed: SampleFeed, streams: S
     if not streams.batches:
         raise VLMQError(f"max_tokens: got {feed.max_tokens}, all {feed.dropped} samples are longer; raise it")
     if len(data.chats) < wanted:
-        run.note(f"the data file holds {data.available} chats, {wanted} samples were asked for: all are used")
+        run.note(f"the data file holds {data.available} chats, {wanted} samples were asked for: all, whatever the seed")
     if feed.dropped:
         run.note(f"{feed.dropped} of {len(data.chats)} samples have more than {feed.max_tokens} tokens: dropped")
     run.details["data"] = {

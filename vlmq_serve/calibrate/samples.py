@@ -33,12 +33,16 @@ class CalibrationSample:
         return int(self.inputs["input_ids"].shape[1])
 
 
+def draw(available: int, count: int, seed: int) -> list[int]:
+    """Indices of `count` of `available` chats in order; all of them, whatever the seed, where there are no more."""
+    if available <= count:
+        return list(range(available))
+    return sorted(random.Random(seed).sample(range(available), count))
+
+
 def choose_chats(chats: list[Chat], count: int, seed: int, allow_text_only: bool) -> list[Chat]:
     """Draw `count` chats (all, if there are fewer) with `seed`, in file order."""
-    chosen = chats
-    if len(chats) > count:
-        picked = sorted(random.Random(seed).sample(range(len(chats)), count))
-        chosen = [chats[i] for i in picked]
+    chosen = [chats[i] for i in draw(len(chats), count, seed)]
     blind = [chat for chat in chosen if not chat.image_sources]
     if blind and not allow_text_only:
         raise VLMQError(

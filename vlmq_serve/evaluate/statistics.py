@@ -8,6 +8,15 @@ Z95 = 1.959963984540054
 """Two-sided 95 % quantile of the normal distribution."""
 
 
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Two-sided 95 % quantiles of Student's t with 1, 2, ... degrees of freedom."""
+
+
+def t95(degrees: int) -> float:
+    """Two-sided 95 % quantile of Student's t; above 9 degrees of freedom z + (z^3 + z) / 4 n, right to 0.01."""
+    return _T95[degrees - 1] if degrees <= len(_T95) else Z95 + (Z95**3 + Z95) / (4 * degrees)
+
+
 @dataclass(frozen=True)
 class Proportion:
     """`hits` of `total`, with its 95 % Wilson score interval (Wilson 1927, eq. 4)."""
@@ -70,8 +79,9 @@ def crossed_mean(table: Sequence[Sequence[float]]) -> Difference:
     """Mean of values [seeds][questions] with a 95 % interval over both: other questions, other calibration seeds.
 
     Every seed answers the same questions, so the variance of the mean is that of question means over their number plus
-    that of seed means over theirs (the pigeonhole bootstrap's estimate, Owen 2007, errs on the wide side). With one
-    seed only the questions count. Raises ValueError on rows of different lengths or fewer than 2 questions.
+    that of seed means over theirs (the pigeonhole bootstrap's estimate, Owen 2007, errs on the wide side). Seeds are
+    few: their part is widened by Student's t. With one seed only the questions count. Raises ValueError on rows of
+    different lengths or fewer than 2 questions.
     """
     questions = len(table[0]) if table else 0
     if questions < 2 or any(len(row) != questions for row in table):
@@ -79,10 +89,10 @@ def crossed_mean(table: Sequence[Sequence[float]]) -> Difference:
     by_seed = [sum(row) / questions for row in table]
     by_question = [sum(column) / len(table) for column in zip(*table, strict=True)]
     mean = sum(by_seed) / len(table)
-    variance = _variance_of_mean(by_question, mean)
+    squared = Z95**2 * _variance_of_mean(by_question, mean)
     if len(table) > 1:
-        variance += _variance_of_mean(by_seed, mean)
-    half = Z95 * math.sqrt(variance)
+        squared += t95(len(table) - 1) ** 2 * _variance_of_mean(by_seed, mean)
+    half = math.sqrt(squared)
     return Difference(mean, mean - half, mean + half)
 
 

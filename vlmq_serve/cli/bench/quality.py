@@ -58,7 +58,7 @@ def quality(
         kept = " (kept)" if bench.record(variant).exists() else ""
         err.print(f"{number} of {len(variants)}: {variant.name}{kept}", highlight=False)
         measured.append(bench.measure(variant))
-    _write(output, measured, bench.describe())
+    _write(output, measured, bench.describe(variants))
 
 
 def _write(output: Path, measured: "list[Measured]", notes: list[str]) -> None:

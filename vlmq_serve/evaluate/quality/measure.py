@@ -28,6 +28,7 @@ from vlmq_serve.device import device_name
 from vlmq_serve.evaluate.answers import answer_locally
 from vlmq_serve.evaluate.divergence import Divergence, measure_divergence
 from vlmq_serve.evaluate.loading import load_model
+from vlmq_serve.evaluate.quality.seeds import check_seeds, mean_overlap
 from vlmq_serve.evaluate.quality.variants import Variant
 from vlmq_serve.evaluate.run import Evaluation, evaluate_chats, read_evaluation
 
@@ -80,15 +81,17 @@ class Bench:
         return load_model(self.model)
 
     def check(self, variants: Sequence[Variant]) -> None:
-        """Every recipe must fit the model and every file be readable before the first variant runs."""
-        for path in (self.calibration, self.questions):
-            read_chats(path)
+        """Every recipe must fit the model, seeds differ, and every file be readable before the first variant runs."""
+        read_chats(self.questions)
+        check_seeds(variants, len(read_chats(self.calibration)), self.calibration.name)
         for variant in variants:
             if variant.recipe is not None:
                 make_plan(self.model, variant.recipe)
 
-    def describe(self) -> list[str]:
+    def describe(self, variants: Sequence[Variant]) -> list[str]:
         """What the tables say of their data."""
+        overlap = mean_overlap(variants, len(read_chats(self.calibration)))
+        draws = "" if overlap is None else f" Two calibration seeds draw chats of which {overlap:.0%} are the same."
         chats = read_chats(self.questions)[: self.limit]
         compared = min(len(chats), self.divergence_chats)
         return [
@@ -96,12 +99,13 @@ class Bench:
             f"`{self.questions.name}`, greedy answers in fp32, exact match. 95 % intervals over questions and seeds. "
             f"KL to bf16: nats per token of {compared} questions with their expected answers. Seconds (median) and "
             f"peak memory (highest) of one calibration in a process of its own, {device_name()}, "
-            f"{torch.get_num_threads()} threads.",
+            f"{torch.get_num_threads()} threads.{draws}",
         ]
 
     def record(self, variant: Variant) -> Path:
-        """Where the result of a variant is kept."""
-        settings = None if variant.recipe is None else variant.recipe.model_dump(mode="json")
+        """Where the result of a variant is kept; settings at their defaults do not name it, so that results outlive
+        new ones."""
+        settings = None if variant.recipe is None else variant.recipe.model_dump(mode="json", exclude_defaults=True)
         text = json.dumps({**self._inputs, "recipe": settings}, sort_keys=True)
         return self.work / f"{variant.name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}.json"
 
