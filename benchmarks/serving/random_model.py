@@ -1,15 +1,18 @@
-"""A Qwen2-VL with random weights and the decoder of Qwen2-0.5B, for measurements of speed and memory only.
+"""Qwen2-VL with random weights in the shapes of a real size, for measurements of speed and memory only.
 
-    python -m benchmarks.serving.random_model OUT
+    python -m benchmarks.serving.random_model OUT --size 2b
 
-Writes OUT/bf16 and, rounded to nearest, OUT/w4, OUT/w3 and OUT/w2. Tokenizer and processor are those of the tiny
-example model, with more words; the vocabulary has 32,000 of them, so that the decoder is most of the model, as it is
-in larger ones.
+Writes OUT/bf16 and, rounded to nearest, OUT/w4, OUT/w3 and OUT/w2; what is there already stays. Sizes 2b and 7b are
+those of the Hub's Qwen2-VL, vision tower included; 0.5b is Qwen2-0.5B's decoder with 32,000 words and the tiny vision
+tower of the example model, so that the decoder is most of it. Tokenizer and processor are those of the example model,
+with more words. One layer is in memory at a time.
 """
 
 import argparse
 import json
 import shutil
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,35 +20,27 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+from benchmarks.serving.sizes import SIZES, Size
 from vlmq_serve.calibrate.pipeline import calibrate
 from vlmq_serve.calibrate.recipe import make_recipe
 from vlmq_serve.cli.console import RichProgress
+from vlmq_serve.format.headers import INDEX_FILE
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny-qwen2vl"
-VOCABULARY = 32_000
-DECODER = {  # Qwen2-0.5B
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 4096,
-    "vocab_size": VOCABULARY,
-}
-LAYERS = ["full_attention"] * DECODER["num_hidden_layers"]
-ROPE = {"mrope_section": [8, 12, 12], "rope_theta": 1e6, "rope_type": "default"}  # halves of a head of 64
 GROUP = 128
+LAYERS = "model.language_model.layers."
 
 
 def main() -> None:
     """Write the model and its rounded forms."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--size", choices=[*SIZES], default="0.5b")
     parser.add_argument("--bits", type=int, nargs="*", default=[4, 3, 2])
     options = parser.parse_args()
     source = options.out / "bf16"
     if not source.exists():
-        write_random_model(source)
+        write_random_model(source, SIZES[options.size])
     for bits in options.bits:
         target = options.out / f"w{bits}"
         if not target.exists():
@@ -54,37 +49,52 @@ def main() -> None:
                 calibrate(str(source), target, None, recipe, resume=False, progress=progress)
 
 
-def write_random_model(folder: Path) -> None:
-    """Write config, tokenizer, processor and random bf16 weights (seed 0)."""
-    config = json.loads((TINY / "config.json").read_text(encoding="utf-8"))
-    config["text_config"].update(DECODER, layer_types=LAYERS, rope_parameters=ROPE)
-    config["vision_config"]["hidden_size"] = DECODER["hidden_size"]
-    shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.safetensors", "README.md"))
-    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-    _widen_tokenizer(folder / "tokenizer.json")
+def write_random_model(folder: Path, size: Size) -> None:
+    """Write config, tokenizer, processor and random bf16 weights, the same ones every time on one kind of device."""
+    staging = folder.with_name(folder.name + ".writing")
+    shutil.rmtree(staging, ignore_errors=True)
+    shutil.copytree(TINY, staging, ignore=shutil.ignore_patterns("*.safetensors", "README.md"))
+    for name, update in {"config.json": size.config, "preprocessor_config.json": size.processor}.items():
+        content = json.loads((TINY / name).read_text(encoding="utf-8"))
+        (staging / name).write_text(json.dumps(update(content), indent=1), encoding="utf-8")
+    _widen_tokenizer(staging / "tokenizer.json", size.vocabulary)
+    weight_map: dict[str, str] = {}
+    for shard, shapes in _shards(staging, size):
+        save_file({name: _random(name, shape) for name, shape in shapes.items()}, staging / shard, {"format": "pt"})
+        weight_map.update(dict.fromkeys(shapes, shard))
+    index = {"metadata": {}, "weight_map": weight_map}
+    (staging / INDEX_FILE).write_text(json.dumps(index, indent=1), encoding="utf-8")
+    staging.rename(folder)
+
+
+def _shards(folder: Path, size: Size) -> Iterator[tuple[str, dict[str, torch.Size]]]:
+    """File names, and the tensors in each: a decoder layer, the vision tower, everything else."""
     with torch.device("meta"):
         model = transformers.Qwen2VLForConditionalGeneration(transformers.AutoConfig.from_pretrained(folder))
-    generator = torch.Generator().manual_seed(0)
-    tensors = {
-        name: _random(name, tensor, generator)
-        for name, tensor in model.state_dict().items()
-        if name != "lm_head.weight"  # tied to the embeddings
-    }
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    files: dict[str, dict[str, torch.Size]] = {}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and size.tied:
+            continue
+        part = name.removeprefix(LAYERS).partition(".")[0].zfill(2) if name.startswith(LAYERS) else "others"
+        part = "vision" if ".visual." in name else part
+        files.setdefault(f"model-{part}.safetensors", {})[name] = tensor.shape
+    yield from files.items()
 
 
-def _random(name: str, tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _random(name: str, shape: torch.Size) -> torch.Tensor:
     if "norm" in name or "ln_q" in name:
-        return (torch.ones if name.endswith("weight") else torch.zeros)(tensor.shape, dtype=torch.bfloat16)
-    return (torch.randn(tensor.shape, generator=generator) * 0.02).bfloat16()
+        return (torch.ones if name.endswith("weight") else torch.zeros)(shape, dtype=torch.bfloat16)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+    return (torch.randn(shape, generator=generator, device=device) * 0.02).bfloat16().cpu()
 
 
-def _widen_tokenizer(path: Path) -> None:
+def _widen_tokenizer(path: Path, words: int) -> None:
     """Words for every id, so that any token that the random model says can be shown."""
     tokenizer: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     vocabulary = tokenizer["model"]["vocab"]
     taken = {*vocabulary.values(), *(token["id"] for token in tokenizer["added_tokens"])}
-    vocabulary.update({f"w{index}": index for index in range(VOCABULARY) if index not in taken})
+    vocabulary.update({f"w{index}": index for index in range(words) if index not in taken})
     path.write_text(json.dumps(tokenizer), encoding="utf-8")
 
 

@@ -2,7 +2,10 @@
 
 from time import perf_counter
 
+import torch
+
 from vlmq_serve.calibrate.linear import relative_error, solve
+from vlmq_serve.calibrate.loading import choose_device
 from vlmq_serve.calibrate.plan import LinearPlan, Plan
 from vlmq_serve.calibrate.progress import Progress
 from vlmq_serve.calibrate.report import LayerResult, LinearResult, peak_memory_mib
@@ -29,12 +32,13 @@ def _round_layer(index: int, linears: list[LinearPlan], plan: Plan) -> tuple[Lay
     started = perf_counter()
     packed: dict[str, PackedWeight] = {}
     rows = []
+    device = choose_device(plan.recipe)
     weights = read_tensors(plan.source, [f"{linear.name}.weight" for linear in linears])
     for linear in linears:
         if linear.scheme is None:
             continue
         before = perf_counter()
-        weight = weights[f"{linear.name}.weight"].float()
+        weight = weights[f"{linear.name}.weight"].to(device, torch.float32)
         packed[linear.name] = solve(linear, weight, plan.recipe, None, {}).pack()
         error = relative_error(packed[linear.name], weight)
         rows.append(LinearResult(linear.name, str(linear.scheme), error, seconds=round(perf_counter() - before, 3)))
