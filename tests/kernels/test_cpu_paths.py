@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
+from tests.kernels.weights import exact_weight, random_weight, relative_error
 from vlmq_serve.format.errors import VLMQError
-from vlmq_serve.format.scheme import Scheme
 from vlmq_serve.format.weight import PackedWeight
 from vlmq_serve.kernels import PreparedWeight, ark, linear, nibbles, prepare
 from vlmq_serve.kernels.choice import ENVIRONMENT, choose_path
@@ -19,30 +19,6 @@ pytestmark = pytest.mark.unit
 needs_int4 = pytest.mark.skipif(nibbles.int4_kernel_block() is None, reason="torch has no int4 kernel here")
 needs_ark = pytest.mark.skipif(ark.library() is None, reason="auto-round-lib is not installed")
 LIMIT = {torch.bfloat16: 1e-2, torch.float16: 1e-3, torch.float32: 1e-5}
-
-
-def random_weight(
-    rows: int, cols: int, bits: int, group: int, symmetric: bool, dtype: torch.dtype = torch.bfloat16
-) -> PackedWeight:
-    scheme = Scheme(bits, group, symmetric)
-    generator = torch.Generator().manual_seed(rows * cols + bits)
-    shape = (rows, scheme.num_groups(cols))
-    codes = torch.randint(0, 2**bits, (rows, cols), generator=generator)
-    scales = (torch.rand(shape, generator=generator) * 0.02 + 0.01).to(dtype)
-    zeros = None if symmetric else torch.randint(0, 2**bits, shape, generator=generator)
-    return PackedWeight.from_codes(codes, scales, zeros, scheme)
-
-
-def exact_weight(weight: PackedWeight) -> torch.Tensor:
-    """float64 [N, K], independent of the code under test."""
-    rows, cols = weight.shape
-    codes = weight.codes().double().reshape(rows, weight.scales.shape[1], -1)
-    zeros = weight.scheme.mid_code if weight.zeros is None else weight.zeros.double()[:, :, None]
-    return ((codes - zeros) * weight.scales.double()[:, :, None]).reshape(rows, cols)
-
-
-def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((got.double() - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -186,7 +162,8 @@ def test_group_size_is_the_real_one() -> None:
     assert (prepared.group_size, prepared.out_features, prepared.in_features) == (384, 64, 384)
 
 
-def test_eight_bits_are_served_by_the_reference() -> None:
+def test_eight_bits_without_a_compiler_are_served_by_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlmq_serve.kernels.choice.native.library", lambda: None)
     weight = random_weight(64, 128, 8, 64, False)
     prepared = prepare(weight, torch.float32, "cpu")
     assert prepared.path == "reference"
@@ -196,11 +173,14 @@ def test_eight_bits_are_served_by_the_reference() -> None:
 
 def test_machine_without_a_known_int4_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another layout, or none, is no error: exact blocks serve."""
+    monkeypatch.setattr("vlmq_serve.kernels.choice.native.library", lambda: None)
     monkeypatch.setattr("vlmq_serve.kernels.choice.int4_kernel_block", lambda: None)
     monkeypatch.setattr("vlmq_serve.kernels.choice.library", lambda: None)
     assert prepare(random_weight(64, 128, 4, 64, False), torch.bfloat16, "cpu").path == "cpu_dequant"
     with pytest.raises(VLMQError, match="no int4 kernel"):
         choose_path(4, torch.bfloat16, torch.device("cpu"), "cpu_int4")
+    with pytest.raises(VLMQError, match=r"needs a C\+\+ compiler"):
+        choose_path(4, torch.bfloat16, torch.device("cpu"), "cpu_int16")
     with pytest.raises(VLMQError, match="pip install auto-round-lib"):
         choose_path(4, torch.bfloat16, torch.device("cpu"), "cpu_ark")
 
@@ -216,6 +196,8 @@ def test_machine_without_a_known_int4_kernel(monkeypatch: pytest.MonkeyPatch) ->
 def test_choice_by_measurement(
     capability: str, dtype: torch.dtype, expected: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Where our own kernels could not be compiled."""
+    monkeypatch.setattr("vlmq_serve.kernels.choice.native.library", lambda: None)
     monkeypatch.setattr("vlmq_serve.kernels.choice.int4_kernel_block", lambda: 32)
     monkeypatch.setattr("vlmq_serve.kernels.choice.library", lambda: object())
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)

@@ -6,6 +6,7 @@ import os
 import torch
 
 from vlmq_serve.format.errors import VLMQError
+from vlmq_serve.kernels import native
 from vlmq_serve.kernels.ark import library
 from vlmq_serve.kernels.gpu import gpu_of
 from vlmq_serve.kernels.nibbles import int4_kernel_block
@@ -15,12 +16,14 @@ REFERENCE = "reference"
 CPU_INT4 = "cpu_int4"
 CPU_DEQUANT = "cpu_dequant"
 CPU_ARK = "cpu_ark"
+CPU_INT16 = "cpu_int16"
 TRITON = "triton"
 TRITON_KINDS = {TRITON: AUTO, "triton_fused": FUSED, "triton_dense": DENSE}
 """Paths on the plane layout: by M, or one half of the family forced."""
-PATHS = (REFERENCE, CPU_ARK, CPU_INT4, CPU_DEQUANT, *TRITON_KINDS)
+PATHS = (REFERENCE, CPU_INT16, CPU_ARK, CPU_INT4, CPU_DEQUANT, *TRITON_KINDS)
 ENVIRONMENT = "VLMQ_KERNEL"
 FAST_BITS = (2, 3, 4)
+INT16_BITS = (*FAST_BITS, 8)
 ACTIVATIONS = (torch.float32, torch.float16, torch.bfloat16)
 
 logger = logging.getLogger(__name__)
@@ -59,23 +62,24 @@ def _automatic(bits: int, dtype: torch.dtype, device: torch.device) -> str:
 
 
 def _cpu_order(bits: int, dtype: torch.dtype) -> tuple[str, ...]:
-    """By preference, from the measurements in docs/kernels.md.
+    """By preference, from the measurements in docs/kernels.md: our own kernels wherever they could be compiled.
 
-    torch's int4 kernel is faster at one row of bf16, AutoRound Kernel from 16 rows on. At 4 bits both take the same
-    memory and the single row decides; at 2 and 3 bits AutoRound Kernel also halves the memory, which decides but for
-    AVX512, where its single row is too slow.
+    Without them, torch's int4 kernel is faster at one row of bf16, AutoRound Kernel from 16 rows on. At 4 bits both
+    take the same memory and the single row decides; at 2 and 3 bits AutoRound Kernel also halves the memory, which
+    decides but for AVX512, where its single row is too slow.
     """
     wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     int4_first = dtype == torch.bfloat16 and (bits == 4 or wide)
-    return (CPU_INT4, CPU_ARK, CPU_DEQUANT) if int4_first else (CPU_ARK, CPU_INT4, CPU_DEQUANT)
+    return (CPU_INT16, *((CPU_INT4, CPU_ARK) if int4_first else (CPU_ARK, CPU_INT4)), CPU_DEQUANT)
 
 
 def _refusal(path: str, bits: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why `path` cannot serve; None when it can."""
     if path == REFERENCE:
         return None
-    if bits not in FAST_BITS:
-        return f"it holds {FAST_BITS} bits"
+    held = INT16_BITS if path == CPU_INT16 else FAST_BITS
+    if bits not in held:
+        return f"it holds {held} bits"
     if path in TRITON_KINDS:
         if dtype == torch.float32:
             return "it multiplies in float16 or bfloat16"
@@ -83,6 +87,8 @@ def _refusal(path: str, bits: int, dtype: torch.dtype, device: torch.device) -> 
         return None if device.type == "cuda" or interpreted else "it needs an NVIDIA GPU"
     if device.type != "cpu":
         return "it runs on CPUs"
+    if path == CPU_INT16 and native.library() is None:
+        return "it needs a C++ compiler and a CPU with AVX2"
     if path == CPU_ARK and library() is None:
         return "it needs the package auto-round-lib: pip install auto-round-lib"
     if path == CPU_INT4 and dtype != torch.bfloat16:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vlmq_serve.kernels import ark, choice, cpu, reference
+from vlmq_serve.kernels import ark, choice, cpu, int16, reference
 
 NAME = "gemm"
 SCHEMA = (
@@ -47,6 +47,8 @@ def _gemm(
 
         kind = choice.TRITON_KINDS[path]
         y = triton_path.gemm(rows, qdata, scales, zeros, bits, group_size, out_features, kind)
+    elif path == choice.CPU_INT16:
+        y = int16.gemm_int16(rows, qdata, scales, zeros, bits, out_features)
     elif path == choice.CPU_INT4:
         y = cpu.gemm_int4(rows, qdata, scales, zeros, out_features)
     elif path == choice.CPU_ARK:

@@ -1,0 +1,206 @@
+"""The C++ kernels with integer products: every instruction set of this machine against float64; how they are built."""
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import linear as dense
+
+from tests.kernels.weights import exact_weight, random_weight, relative_error
+from vlmq_serve.format.weight import PackedWeight
+from vlmq_serve.kernels import linear, native, prepare
+from vlmq_serve.kernels.int16 import gemm_int16, prepare_int16
+
+pytestmark = [
+    pytest.mark.unit,
+    pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or a CPU without AVX2"),
+]
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+LIMIT = {BF16: 4e-3, FP16: 5e-4, FP32: 1e-4}
+
+
+def product(x: torch.Tensor, weight: PackedWeight, isa: str | None = None) -> torch.Tensor:
+    return gemm_int16(x, *prepare_int16(weight), weight.scheme.bits, weight.shape[0], isa)
+
+
+def normal(rows: int, cols: int, dtype: torch.dtype = FP32) -> torch.Tensor:
+    return torch.randn(rows, cols, generator=torch.Generator().manual_seed(rows)).to(dtype)
+
+
+@pytest.fixture(params=native.ISA_FLAGS)
+def isa(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    if name not in native.supported_isas():
+        pytest.skip(f"this CPU, or this torch, has no {name}")
+    return name
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("group", [32, 64, 128, -1])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_matches_float64(isa: str, bits: int, group: int, symmetric: bool) -> None:
+    for rows, cols in ((64, 256), (100, 1152), (7, 128)):
+        weight = random_weight(rows, cols, bits, group, symmetric)
+        exact, prepared = exact_weight(weight), prepare_int16(weight)
+        for count in (1, 2, 7, 23):
+            for dtype, limit in LIMIT.items():
+                x = normal(count, cols, dtype)
+                expected = x.double() @ exact.T
+                error = relative_error(gemm_int16(x, *prepared, bits, rows, isa), expected)
+                assert error <= limit, (rows, cols, count, dtype)
+                plain = relative_error(dense(x, exact.to(dtype)), expected)
+                if dtype != FP32 and rows * count >= 1000:
+                    assert error <= 1.1 * plain, (rows, cols, count, dtype)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_types_of_scales(isa: str, dtype: torch.dtype) -> None:
+    weight = random_weight(48, 256, 3, 64, False, dtype)
+    x = normal(5, 256)
+    assert relative_error(product(x, weight, isa), x.double() @ exact_weight(weight).T) <= LIMIT[FP32]
+
+
+def test_more_rows_than_one_pass(isa: str) -> None:
+    weight = random_weight(40, 128, 4, 32, False)
+    x = normal(600, 128)
+    y = product(x, weight, isa)
+    assert relative_error(y, x.double() @ exact_weight(weight).T) <= LIMIT[FP32]
+    for row in (0, 255, 256, 599):
+        torch.testing.assert_close(product(x[row : row + 1], weight, isa)[0], y[row], rtol=1e-5, atol=1e-5)
+
+
+def test_largest_sums_fit(isa: str) -> None:
+    """All codes and inputs at their extremes, over the longest sum of integers."""
+    for bits in (2, 3, 4, 8):
+        weight = random_weight(32, 256, bits, 128, False)
+        top = torch.full((32, 256), 2**bits - 1)
+        for zero in (0, 2**bits - 1):
+            zeros = torch.full((32, 2), zero)
+            full = PackedWeight.from_codes(top if zero == 0 else 0 * top, weight.scales, zeros, weight.scheme)
+            for count in (1, 2):
+                x = torch.full((count, 256), -3.0)
+                assert relative_error(product(x, full, isa), x.double() @ exact_weight(full).T) <= 1e-6
+
+
+def test_what_is_not_finite_reaches_its_row_only(isa: str) -> None:
+    weight = random_weight(32, 256, 4, 64, False)
+    for count in (1, 5):
+        x = normal(count, 256)
+        clean = product(x, weight, isa)
+        for value in (float("nan"), float("inf"), -float("inf")):
+            broken = x.clone()
+            broken[count - 1, 70] = value
+            for dtype in (FP32, BF16, FP16):
+                y = product(broken.to(dtype), weight, isa)
+                assert y[count - 1].isnan().all()
+            assert torch.equal(product(broken, weight, isa)[: count - 1], clean[: count - 1])
+
+
+def test_inputs_of_any_size(isa: str) -> None:
+    """Zeros give zeros; an outlier costs precision in its own group only; scale of x changes nothing."""
+    weight = random_weight(32, 256, 4, 64, False)
+    assert torch.equal(product(torch.zeros(3, 256), weight, isa), torch.zeros(3, 32))
+    for factor in (1e-20, 1e20):
+        x = normal(3, 256) * factor
+        assert relative_error(product(x, weight, isa), x.double() @ exact_weight(weight).T) <= LIMIT[FP32]
+    x, loud = normal(3, 256), normal(3, 256)
+    loud[:, 0] = 1e6
+    quiet = exact_weight(weight)
+    quiet[:, :64] = 0
+    rest = PackedWeight(weight.qweight, weight.scales.clone(), weight.zeros, weight.scheme)
+    rest.scales[:, 0] = 0
+    torch.testing.assert_close(product(loud, rest, isa), product(x, rest, isa))
+
+
+def test_columns_of_a_wider_tensor(isa: str) -> None:
+    """Rows that are not contiguous with each other, and elements that are not."""
+    weight = random_weight(32, 128, 4, 64, False)
+    wide = normal(6, 512)
+    for part in (wide[:, 128:256], wide[::2, :128], wide[:, ::4], wide[:1].expand(4, 512)[:, :128]):
+        assert torch.equal(product(part, weight, isa), product(part.contiguous(), weight, isa))
+
+
+def test_same_bits_on_any_number_of_threads(isa: str) -> None:
+    weight = random_weight(200, 256, 3, 64, False)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append([product(normal(count, 256), weight, isa) for count in (1, 9)])
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_exact_bits_per_weight_in_memory(bits: int) -> None:
+    prepared = prepare(random_weight(1024, 1024, bits, 128, False), BF16, "cpu", "cpu_int16")
+    assert 8 * prepared.nbytes / 2**20 == bits + (16 + 8) / 128
+
+
+def test_serves_every_width_and_type() -> None:
+    for bits in (2, 3, 4, 8):
+        for dtype in LIMIT:
+            assert prepare(random_weight(32, 64, bits, 32, False), dtype, "cpu").path == "cpu_int16"
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """An empty cache, and a process that has not built anything."""
+    monkeypatch.setenv(native.CACHE_ENVIRONMENT, str(tmp_path))
+    native.library.cache_clear()
+    yield tmp_path
+    native.library.cache_clear()
+
+
+@pytest.mark.parametrize("reason", ["none", "fails"])
+def test_without_a_working_compiler(
+    reason: str, fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The older paths serve, with one line that says why; nothing half-built is left."""
+    if reason == "none":
+        monkeypatch.setenv("PATH", "")
+        monkeypatch.delenv("CXX", raising=False)
+    else:
+        monkeypatch.setenv("CXX", "false")
+    with caplog.at_level(logging.WARNING, logger="vlmq_serve.kernels.native"):
+        for bits, dtype in ((4, BF16), (3, FP32), (8, BF16)):
+            weight = random_weight(64, 128, bits, 64, False)
+            prepared = prepare(weight, dtype, "cpu")
+            assert prepared.path != "cpu_int16"
+            x = normal(4, 128, dtype)
+            assert relative_error(linear(x, prepared), x.double() @ exact_weight(weight).T) <= 1e-2
+    assert len(caplog.records) == 1
+    assert list(fresh.iterdir()) == []
+
+
+def test_processes_that_build_at_once(fresh: Path) -> None:
+    code = (
+        "import torch\n"
+        "from tests.kernels.weights import random_weight\n"
+        "from vlmq_serve.kernels import prepare\n"
+        "assert prepare(random_weight(32, 64, 4, 32, False), torch.float32, 'cpu').path == 'cpu_int16'\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), native.CACHE_ENVIRONMENT: str(fresh)}
+    running = [
+        subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=root, stderr=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    for process in running:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    assert len(list(fresh.iterdir())) == 1
+
+
+def test_cache_that_cannot_be_written(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (fresh / "file").write_text("")
+    monkeypatch.setenv(native.CACHE_ENVIRONMENT, str(fresh / "file" / "below"))
+    assert native.library() is not None

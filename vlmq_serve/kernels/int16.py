@@ -1,0 +1,66 @@
+"""CPU path with integer products, in C++ (`cpp/int16.cpp`): 2, 3, 4 and 8-bit codes at their own width in memory.
+
+x is rounded to int16 per row and group, with an error of 2^-16 of the group's largest value, far below bf16's; codes
+are integers already, and their products are summed exactly.
+"""
+
+import torch
+from torch import Tensor
+
+from vlmq_serve.format.weight import PackedWeight
+from vlmq_serve.kernels import native
+
+BLOCK_ROWS = 16
+ROW_PAD = 32
+"""Two blocks: what one pass of the widest instruction set covers."""
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _loaded(isa: str | None) -> "native.ctypes.CDLL":
+    found = native.library(isa)
+    if found is None:
+        raise RuntimeError(f"cpu_int16: no kernels for {isa or 'this CPU'}; there were when the weight was prepared")
+    return found
+
+
+def prepare_int16(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
+    """Words int32 [Np/16, K*bits/32, 16] (`cpp/codes.h`), scales [Np/16, K/G, 16] as they are, zeros uint8 likewise
+    or empty when symmetric; Np is N padded to `ROW_PAD` with weights of zero."""
+    rows, cols = weight.shape
+    bits, pad = weight.scheme.bits, -rows % ROW_PAD
+    blocks = (rows + pad) // BLOCK_ROWS
+    given = weight.qweight.cpu().contiguous()
+    words = torch.empty(blocks, cols * bits // 32, BLOCK_ROWS, dtype=torch.int32, device="cpu")
+    threads = torch.get_num_threads()
+    _loaded(None).vlmq_int16_pack(given.data_ptr(), rows, cols, bits, rows + pad, words.data_ptr(), threads)
+    zeros = torch.empty(0, dtype=torch.uint8, device="cpu")
+    if weight.zeros is not None:
+        zeros = _in_blocks(weight.zeros, pad)
+    return words, _in_blocks(weight.scales, pad), zeros
+
+
+def _in_blocks(values: Tensor, pad: int) -> Tensor:
+    """[N, groups] to [Np/16, groups, 16]."""
+    padded = torch.nn.functional.pad(values.cpu(), (0, 0, 0, pad))
+    return padded.reshape(-1, BLOCK_ROWS, values.shape[1]).transpose(1, 2).contiguous()
+
+
+def gemm_int16(
+    x: Tensor, qdata: Tensor, scales: Tensor, zeros: Tensor, bits: int, out_features: int, isa: str | None = None
+) -> Tensor:
+    """x [M, K] of any float type to [M, N] in the same type; `isa` forces one of `native.supported_isas`."""
+    library = _loaded(isa)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    rows, cols = x.shape
+    y = torch.empty((rows, out_features), dtype=x.dtype, device=x.device)
+    step = min(rows, library.vlmq_int16_max_rows())
+    scratch = torch.empty(library.vlmq_int16_scratch(step, cols), dtype=torch.uint8, device=x.device)
+    for start in range(0, rows, step):
+        part, out = x[start : start + step], y[start : start + step]
+        library.vlmq_int16_gemm(
+            part.data_ptr(), x.stride(0), _TYPES[x.dtype], part.shape[0], qdata.data_ptr(), scales.data_ptr(),
+            _TYPES[scales.dtype], zeros.data_ptr() if zeros.numel() else None, bits, cols, scales.shape[1],
+            out_features, out.data_ptr(), scratch.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+    return y

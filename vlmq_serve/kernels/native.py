@@ -1,0 +1,133 @@
+"""Our C++ kernels: compiled once per machine by the user's compiler, kept in a cache, loaded through ctypes.
+
+Nothing of torch is linked, so one build serves every torch. Each instruction set is a build of its own, with flags that
+name it: a home directory shared by unlike machines is safe.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache, lru_cache
+from pathlib import Path
+
+import torch
+
+SOURCES = Path(__file__).parent / "cpp"
+ISA_FLAGS = {
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mf16c", "-mfma"),
+    "avx512_vnni": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mf16c", "-mfma", "-mavx512vnni"),
+}
+"""Worst first."""
+_NEEDED = {
+    "avx2": {"avx2", "fma", "f16c"},
+    "avx512": {"avx512f", "avx512bw", "avx512vl"},
+    "avx512_vnni": {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"},
+}
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fvisibility=default")
+COMPILERS = ("g++", "clang++", "c++")
+CACHE_ENVIRONMENT = "VLMQ_CACHE"
+
+logger = logging.getLogger(__name__)
+
+
+@lru_cache(maxsize=1)
+def supported_isas() -> tuple[str, ...]:
+    """Names in `ISA_FLAGS` that this CPU has and torch uses (ATEN_CPU_CAPABILITY can forbid AVX512), worst first."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ()
+    flags = next((set(line.split()) for line in text.splitlines() if line.startswith("flags")), set())
+    capability = torch.backends.cpu.get_cpu_capability()
+    wide = capability.startswith("AVX512")
+    usable = ("AVX2",) if capability == "AVX2" else ()
+    return tuple(n for n, needed in _NEEDED.items() if needed <= flags and (wide or (usable and n == "avx2")))
+
+
+@cache
+def library(isa: str | None = None) -> ctypes.CDLL | None:
+    """The kernels for `isa`, by default the best here; compiled at the first call ever. None where that cannot be."""
+    found = supported_isas()
+    if isa is None and found:
+        return library(found[-1])
+    if isa is None or isa not in found:
+        return None
+    compiler = _compiler()
+    if compiler is None:
+        logger.warning(
+            "no C++ compiler (CXX, %s): slower CPU kernels serve; install one, for example with `apt install g++`",
+            ", ".join(COMPILERS),
+        )
+        return None
+    try:
+        loaded = ctypes.CDLL(str(_built(compiler, isa)))
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", None) or str(error)
+        logger.warning("compiling the CPU kernels with %s failed, slower ones serve: %s", compiler, detail[-2000:])
+        return None
+    _declare(loaded)
+    return loaded
+
+
+def _compiler() -> str | None:
+    names = (os.environ.get("CXX"), *COMPILERS)
+    return next((path for name in names if name and (path := shutil.which(name))), None)
+
+
+def _built(compiler: str, isa: str) -> Path:
+    """Path of the shared object; written under another name and moved, as several processes may build at once."""
+    flags = (*FLAGS, *ISA_FLAGS[isa])
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
+    sources = [path.read_bytes() for path in sorted(SOURCES.iterdir())]
+    key = hashlib.sha256(b"\0".join([*sources, version.encode(), " ".join(flags).encode()])).hexdigest()[:16]
+    folder = cache_folder()
+    target = folder / f"int16-{isa}-{key}.so"
+    if not target.exists():
+        handle, name = tempfile.mkstemp(suffix=".so", dir=folder)
+        os.close(handle)
+        command = [compiler, *flags, str(SOURCES / "int16.cpp"), "-o", name]
+        try:
+            subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+            os.replace(name, target)
+        finally:
+            Path(name).unlink(missing_ok=True)
+    return target
+
+
+def cache_folder() -> Path:
+    """VLMQ_CACHE, or `vlmq` in the user's cache folder; a private temporary one where that cannot be written."""
+    chosen = os.environ.get(CACHE_ENVIRONMENT)
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    folder = Path(chosen) if chosen else base / "vlmq"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return _private_folder()
+
+
+@lru_cache(maxsize=1)
+def _private_folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="vlmq-"))
+
+
+def _declare(loaded: ctypes.CDLL) -> None:
+    """C signatures, once."""
+    pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    weight = (pointer, pointer, integer, pointer, integer, long, long)
+    signatures = {
+        "vlmq_int16_max_rows": (integer, []),
+        "vlmq_int16_scratch": (long, [long, long]),
+        "vlmq_int16_pack": (None, [pointer, long, long, integer, long, pointer, integer]),
+        "vlmq_int16_gemm": (None, [pointer, long, integer, long, *weight, long, pointer, pointer, integer]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, arguments
