@@ -61,6 +61,13 @@ def test_config_survives_pickling_and_mapping_twice(mapper) -> None:
     assert config.scheme_of("language_model.lm_head") is None
 
 
+def test_simulated_activations_are_said_aloud(caplog: pytest.LogCaptureFixture) -> None:
+    assert config_of(settings={"activation_bits": None}).spec.simulated_activations is None
+    assert caplog.messages == []
+    config_of(settings={"activation_bits": 8})
+    assert "activations of 8 bits, by simulation; vLLM serves its weights with activations of 16" in caplog.text
+
+
 def test_members_of_a_fused_layer_must_agree(mapper) -> None:
     config = config_of(
         overrides={"model.language_model.layers.0.self_attn.k_proj": {"bits": 3, "group_size": 64, "symmetric": False}}

@@ -7,13 +7,14 @@ from time import perf_counter
 import torch
 from torch import nn
 
+from vlmq_serve.calibrate.activations import InputQuantizer, add_quantizer, observe
 from vlmq_serve.calibrate.capture import linear_input, output_taps
 from vlmq_serve.calibrate.equalize import ChannelSearch, equalize_block
 from vlmq_serve.calibrate.families.adapter import ResidualBlock
 from vlmq_serve.calibrate.folding import Folded
 from vlmq_serve.calibrate.hessian import Statistics, StatisticsAccumulator
 from vlmq_serve.calibrate.importance import TokenImportance
-from vlmq_serve.calibrate.linear import relative_error, solve, write_weight
+from vlmq_serve.calibrate.linear import Clipping, relative_error, solve, write_weight
 from vlmq_serve.calibrate.metrics import ErrorByModality, mean_by_modality
 from vlmq_serve.calibrate.plan import LinearPlan
 from vlmq_serve.calibrate.recipe import Recipe
@@ -25,7 +26,10 @@ from vlmq_serve.format.weight import PackedWeight
 
 @dataclass
 class BlockRun:
-    """One block under way: `layer` receives quantized weights, `full` keeps the original ones."""
+    """One block under way: `layer` receives quantized weights, `full` keeps the original ones.
+
+    `inputs`: quantizers of the simulated activations of `layer`, hooked in group by group.
+    """
 
     layer: nn.Module
     full: nn.Module
@@ -35,7 +39,8 @@ class BlockRun:
     streams: Streams
     importance: Mapping[str, TokenImportance] = field(default_factory=dict)
     search: ChannelSearch | None = None
-    percentile: float | None = None
+    clipping: Clipping | None = None
+    inputs: dict[str, InputQuantizer] = field(default_factory=dict)
     folded: Folded = field(default_factory=Folded)
     packed: dict[str, PackedWeight] = field(default_factory=dict)
     results: dict[str, LinearResult] = field(default_factory=dict)
@@ -48,6 +53,7 @@ def quantize_block(run: BlockRun) -> Errors:
     for group in run.block.linear_groups:
         plans = [run.linears[name] for name in group if run.linears[name].scheme is not None]
         if plans:
+            _quantize_inputs(run, plans)
             _solve_group(run, plans)
     errors, output_errors = advance_streams(run.layer, run.full, run.block, list(run.results), run.streams)
     run.results = {name: replace(result, errors=errors[name]) for name, result in run.results.items()}
@@ -71,6 +77,18 @@ def collect_statistics(run: BlockRun, plans: Sequence[LinearPlan]) -> dict[str, 
     return {local: finished[key] for local, key in keys.items()}
 
 
+def _quantize_inputs(run: BlockRun, plans: Sequence[LinearPlan]) -> None:
+    """From here on the group of `layer` reads simulated activations, in its statistics as in all that follows."""
+    if run.recipe.activations is None:
+        return
+    forward, first = run.block.forward, plans[0].local
+    seen = (linear_input(run.layer, forward, first, item.quantized, item.kwargs) for item in run.streams)
+    quantizer = observe(run.recipe.activations, seen, run.clipping.activations if run.clipping else 1.0)
+    for plan in plans:
+        run.inputs[plan.local] = quantizer
+        add_quantizer(run.layer.get_submodule(plan.local), quantizer)
+
+
 def _solve_group(run: BlockRun, plans: Sequence[LinearPlan]) -> None:
     """Solve the linears of one group, write their weights back, and note the results."""
     needed = any(plan.scheme is not None and run.recipe.needs_statistics(plan.scheme.bits) for plan in plans)
@@ -79,7 +97,7 @@ def _solve_group(run: BlockRun, plans: Sequence[LinearPlan]) -> None:
     for plan in plans:
         started = perf_counter()
         weight = run.folded.weight(run.full, plan.local)
-        solution = solve(plan, weight, run.recipe, statistics.get(plan.local), factors, run.percentile)
+        solution = solve(plan, weight, run.recipe, statistics.get(plan.local), factors, run.clipping)
         packed = solution.pack()
         write_weight(run.layer, plan, packed)
         run.packed[plan.name] = packed

@@ -16,10 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vlmq_serve.calibrate.activations import InputQuantizer, quantized_inputs
 from vlmq_serve.calibrate.capture import linear_input
 from vlmq_serve.calibrate.families.adapter import Producer, ResidualBlock
 from vlmq_serve.calibrate.folding import Folded, fold, producer_rows
 from vlmq_serve.calibrate.plan import LinearPlan
+from vlmq_serve.calibrate.simulation import ActivationScheme
 from vlmq_serve.calibrate.solvers.rtn import solve_rtn
 from vlmq_serve.calibrate.solvers.solution import SolverOptions
 from vlmq_serve.calibrate.streams import Streams
@@ -50,11 +52,16 @@ class TokenError:
 
 @dataclass(frozen=True)
 class ChannelSearch:
-    """How scales are judged. `exposed`: X is the quantized path's input of the block, else that of the full path."""
+    """How scales are judged. `exposed`: X is the quantized path's input of the block, else that of the full path.
+
+    With simulated `activations` the linears whose scales are tried read Q(x / s) s; static ranges are taken from the
+    batch at hand here, since those of the linear are not known before its scales.
+    """
 
     error: TokenError
     options: SolverOptions
     exposed: bool
+    activations: ActivationScheme | None = None
 
 
 def equalize_block(
@@ -116,9 +123,13 @@ def _search_group(
             rounded = scaled_rounding(weight, scales, plan.scheme, search.options)
             trial.get_parameter(f"{plan.local}.weight").data.copy_(rounded)
         error = 0.0
-        for item in streams:
-            output = block.forward(trial, item.quantized if search.exposed else item.full, item.kwargs)
-            error += search.error.measure(output - targets[item.position].to(output), item.position)
+        inputs = {}
+        if search.activations is not None:
+            inputs = {plan.local: InputQuantizer(search.activations, scales=scales) for plan in plans}
+        with quantized_inputs(trial, inputs):
+            for item in streams:
+                output = block.forward(trial, item.quantized if search.exposed else item.full, item.kwargs)
+                error += search.error.measure(output - targets[item.position].to(output), item.position)
         if error < best:
             best, found = error, scales
     return found

@@ -7,9 +7,18 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from safetensors.torch import save_file
+
 import vlmq_serve
 from vlmq_serve.calibrate.plan import make_spec
-from vlmq_serve.calibrate.report import REPORT_FOLDER, LayerResult, RunReport, peak_memory_mib, write_report
+from vlmq_serve.calibrate.report import (
+    INPUTS_FILE,
+    REPORT_FOLDER,
+    LayerResult,
+    RunReport,
+    peak_memory_mib,
+    write_report,
+)
 from vlmq_serve.calibrate.run import Run
 from vlmq_serve.calibrate.saliency import save_saliency
 from vlmq_serve.format.shards import write_checkpoint
@@ -28,6 +37,10 @@ def finish_run(run: Run, layers: list[LayerResult], started: float) -> RunReport
     if saliency and saliency["samples"]:
         save_saliency(report_folder / SALIENCY_FILE, run.work.saliency(), saliency["grids"], saliency["modality"])
         run.details["saliency"] = {"samples": saliency["samples"], "taps": saliency["taps"]}
+    inputs = run.work.all_inputs()
+    if inputs:
+        save_file(inputs, report_folder / INPUTS_FILE)
+        run.note("activations were simulated; a served checkpoint has its weights and activations of 16 bits")
     report = RunReport(
         out=run.out,
         method=run.plan.recipe.method,

@@ -8,6 +8,7 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
+from vlmq_serve.calibrate.activations import InputQuantizer, quantized_inputs, range_tensors, read_quantizers
 from vlmq_serve.calibrate.block import BlockRun, advance_streams, quantize_block
 from vlmq_serve.calibrate.equalize import ChannelSearch, TokenError
 from vlmq_serve.calibrate.importance import TokenImportance
@@ -26,12 +27,13 @@ from vlmq_serve.format.weight import PackedWeight
 @dataclass(frozen=True)
 class QuantizedLayer:
     """Packed weights and changed dense tensors by source name, the report, and token weights kept for pictures (sample
-    to fp32 [taps, T])."""
+    to fp32 [taps, T]), and ranges of simulated activations (`activations.range_tensors`)."""
 
     packed: dict[str, PackedWeight]
     changed: dict[str, Tensor]
     result: LayerResult
     saliency: dict[int, Tensor]
+    inputs: dict[str, Tensor]
 
 
 @torch.no_grad()
@@ -53,9 +55,10 @@ def quantize_layer(
     importance = measure_importance(full, plan.adapter, recipe, plan.weighted, streams, signals.gradients)
     importance |= signals.importance
     changed: dict[str, Tensor] = {}
+    inputs: dict[str, InputQuantizer] = {}
     for number, block in enumerate(plan.adapter.blocks):
         search = channel_search(recipe, linears, signals.errors[number]) if signals.errors else None
-        run = BlockRun(layer, full, block, linears, recipe, streams, importance, search, signals.percentile)
+        run = BlockRun(layer, full, block, linears, recipe, streams, importance, search, signals.clipping, inputs)
         errors = quantize_block(run)
         packed |= run.packed
         changed |= run.folded.changed
@@ -67,7 +70,8 @@ def quantize_layer(
     seconds = round(perf_counter() - started, 3)
     result = LayerResult(index, tuple(results), errors, seconds, peak_memory_mib())
     named = {plan.tensor_name(index, name): value.cpu() for name, value in changed.items()}
-    return QuantizedLayer(packed, named, result, keep_saliency(importance, streams, recipe.save_saliency))
+    saliency = keep_saliency(importance, streams, recipe.save_saliency)
+    return QuantizedLayer(packed, named, result, saliency, range_tensors(inputs))
 
 
 @torch.no_grad()
@@ -88,8 +92,11 @@ def restore_layer(
     prefix = plan.tensor_name(index, "")
     for name, value in work.changed(index).items():
         layer.get_parameter(name.removeprefix(prefix)).data.copy_(value)
-    for block in plan.adapter.blocks:
-        advance_streams(layer, full, block, (), streams)
+    activations = plan.recipe.activations
+    inputs = read_quantizers(activations, work.inputs(index)) if activations else {}
+    with quantized_inputs(layer, inputs):
+        for block in plan.adapter.blocks:
+            advance_streams(layer, full, block, (), streams)
     layer.to("cpu")
     if plan.adapter.behind_layer is not None:
         streams.pass_layer(index, plan.adapter.behind_layer)
@@ -109,4 +116,4 @@ def channel_search(recipe: Recipe, linears: Mapping[str, LinearPlan], error: Tok
     """The search of the recipe; it rounds with the recipe's grid, or a min-max one where that needs a Hessian."""
     grid = recipe.grid if recipe.grid in ("minmax", "mse") else "minmax"
     dtype = next(iter(linears.values())).dtype
-    return ChannelSearch(error, SolverOptions(dtype, grid), recipe.searches_exposed)
+    return ChannelSearch(error, SolverOptions(dtype, grid), recipe.searches_exposed, recipe.activations)

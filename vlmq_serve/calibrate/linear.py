@@ -1,5 +1,7 @@
 """One linear: which solver with which options, and how its result is written back."""
 
+from dataclasses import dataclass
+
 from torch import Tensor, nn
 
 from vlmq_serve.calibrate.hessian import Statistics
@@ -13,23 +15,31 @@ from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.format.weight import PackedWeight
 
 
+@dataclass(frozen=True)
+class Clipping:
+    """Percentiles at which Q-VLM cuts the ranges of a layer's weights and of what its linears read."""
+
+    weights: float = 1.0
+    activations: float = 1.0
+
+
 def solve(
     plan: LinearPlan,
     weight: Tensor,
     recipe: Recipe,
     statistics: Statistics | None,
     factors: dict[int, InverseFactor],
-    percentile: float | None = None,
+    clipping: Clipping | None = None,
 ) -> Solution:
     """Run the recipe's solver on one weight [N, K] (fp32); `factors` keeps what linears with one Hessian share.
 
-    `percentile` is what Q-VLM has found for the layer.
+    `clipping` is what Q-VLM has found for the layer.
     """
     if plan.scheme is None:
         raise RuntimeError(f"{plan.name} is not to be quantized")
     options = SolverOptions(plan.dtype, recipe.grid, recipe.percdamp, recipe.act_order, recipe.alpha)
-    if percentile is not None:
-        return solve_rtn(weight, plan.scheme, SolverOptions(plan.dtype, "percentile", percentile=percentile))
+    if clipping is not None:
+        return solve_rtn(weight, plan.scheme, SolverOptions(plan.dtype, "percentile", percentile=clipping.weights))
     solver = recipe.solver(plan.scheme.bits)
     if solver == "rtn":
         return solve_rtn(weight, plan.scheme, options, statistics.hessian if statistics else None)

@@ -1,25 +1,36 @@
-"""Block-wise search of clipping percentiles: Q-VLM (Wang et al., NeurIPS 2024), Eq. 3, for weights.
+"""Block-wise search of clipping percentiles: Q-VLM (Wang et al., NeurIPS 2024), Eq. 3.
 
 Within a block of one to three decoder layers, all linears of layer k are rounded to grids that span the percentiles
 1 - p_k and p_k of each group. The p_k of the block are those of least error at the output of its last layer:
 
     argmin_p || B_p(U) - B(F) ||^2,    p_k in {1, 0.995, 0.99, 0.985, 0.98}, all combinations
+
+With simulated activations a second search of the same kind follows, for the percentiles of what the linears of each
+layer read, with the weights of the first. Both at once would be 5^6 combinations.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from itertools import accumulate, pairwise, product
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from vlmq_serve.calibrate.activations import InputQuantizer, observe, quantized_inputs
 from vlmq_serve.calibrate.dependency import conditional_entropy, partition
+from vlmq_serve.calibrate.linear import Clipping
 from vlmq_serve.calibrate.plan import LinearPlan, Plan
 from vlmq_serve.calibrate.solvers.rtn import solve_rtn
 from vlmq_serve.calibrate.solvers.solution import SolverOptions
 from vlmq_serve.calibrate.streams import StreamItem, Streams
 
 PERCENTILES = (1.0, 0.995, 0.99, 0.985, 0.98)
+T = TypeVar("T")
+Quantizers = Mapping[str, InputQuantizer]
+"""By local name of the linear."""
 
 
 @torch.no_grad()
@@ -38,27 +49,87 @@ def find_blocks(layers: Sequence[nn.Module], plan: Plan, streams: Streams) -> di
 
 
 @torch.no_grad()
-def search_percentiles(layers: Sequence[nn.Module], first: int, plan: Plan, streams: Streams) -> tuple[float, ...]:
+def search_percentiles(layers: Sequence[nn.Module], first: int, plan: Plan, streams: Streams) -> tuple[Clipping, ...]:
     """p of every layer of the block that begins with layer `first`; `layers` have their original weights."""
-    linears = plan.by_layer[first : first + len(layers)]
     for layer in layers:
         layer.to(streams.device)
     targets = [_run(plan, layers, first, item.full, item, streams).cpu() for item in streams]
+
+    def error(trial: Sequence[nn.Module], inputs: Sequence[Quantizers]) -> float:
+        total = 0.0
+        with ExitStack() as stack:
+            for layer, quantizers in zip(trial, inputs, strict=True):
+                stack.enter_context(quantized_inputs(layer, quantizers))
+            for item in streams:
+                output = _run(plan, trial, first, item.quantized, item, streams)
+                total += float((output.float() - targets[item.position].to(output).float()).square().sum())
+        return total
+
+    inputs = _input_quantizers(layers, first, plan, streams)
     rounded = [
-        {p: _rounded(layer, table, p) for p in PERCENTILES} for layer, table in zip(layers, linears, strict=True)
+        {p: _rounded(layer, linears, p) for p in PERCENTILES}
+        for layer, linears in zip(layers, plan.by_layer[first : first + len(layers)], strict=True)
     ]
-    best, chosen = float("inf"), (1.0,) * len(layers)
-    for combination in product(PERCENTILES, repeat=len(layers)):
-        trial = [choices[p] for choices, p in zip(rounded, combination, strict=True)]
-        error = 0.0
-        for item in streams:
-            output = _run(plan, trial, first, item.quantized, item, streams)
-            error += float((output.float() - targets[item.position].to(output).float()).square().sum())
-        if error < best:
-            best, chosen = error, combination
+    whole = [choices[1.0] for choices in inputs]
+    weights = _best(len(layers), lambda trial: error(_pick(rounded, trial), whole))
+    activations = (1.0,) * len(layers)
+    if plan.recipe.activations is not None:
+        chosen = _pick(rounded, weights)
+        activations = _best(len(layers), lambda trial: error(chosen, _pick(inputs, trial)))
     for layer in layers:
         layer.to("cpu")
-    return chosen
+    return tuple(Clipping(w, a) for w, a in zip(weights, activations, strict=True))
+
+
+def _best(depth: int, error: Callable[[Sequence[float]], float]) -> tuple[float, ...]:
+    """The combination of least error, the first of equals."""
+    return min(product(PERCENTILES, repeat=depth), key=error)
+
+
+def _pick(choices: Sequence[Mapping[float, T]], combination: Sequence[float]) -> list[T]:
+    return [table[p] for table, p in zip(choices, combination, strict=True)]
+
+
+def _input_quantizers(
+    layers: Sequence[nn.Module], first: int, plan: Plan, streams: Streams
+) -> list[dict[float, Quantizers]]:
+    """Per layer and percentile the quantizers of what its linears read.
+
+    Static ranges are those of the quantized path's inputs of the block, behind original weights.
+    """
+    scheme = plan.recipe.activations
+    if scheme is None:
+        return [{p: {} for p in PERCENTILES} for _ in layers]
+    found: list[dict[float, Quantizers]] = []
+    run = partial(_run_all, plan, layers, first, streams)
+    for layer, linears in zip(layers, plan.by_layer[first : first + len(layers)], strict=True):
+        names = [linear.local for linear in linears.values() if linear.scheme is not None]
+        inputs: dict[str, list[Tensor]] = {name: [] for name in names}
+        if scheme.is_static:
+            inputs = _inputs_of(layer, names, run)
+        found.append({p: {name: observe(scheme, inputs[name], p) for name in names} for p in PERCENTILES})
+    return found
+
+
+def _run_all(plan: Plan, layers: Sequence[nn.Module], first: int, streams: Streams) -> None:
+    for item in streams:
+        _run(plan, layers, first, item.quantized, item, streams)
+
+
+def _inputs_of(layer: nn.Module, names: Sequence[str], run: Callable[[], None]) -> dict[str, list[Tensor]]:
+    """What linears of `layer` read while `run` goes."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda _, args: seen[name].append(args[0].detach())
+
+    handles = [layer.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
 
 
 def _rounded(layer: nn.Module, linears: Mapping[str, LinearPlan], percentile: float) -> nn.Module:

@@ -145,13 +145,16 @@ def _run_layers(
     for index, linears in enumerate(run.plan.by_layer):
         if index in blocks and blocks[index] > len(results):  # some layer of the block is still to be done
             found = search_percentiles(list(layers[index : blocks[index]]), index, run.plan, streams)
-            signals[index : blocks[index]] = [LayerSignals(percentile=p) for p in found]
-            run.details.setdefault("percentiles", {})[str(index)] = list(found)
+            signals[index : blocks[index]] = [LayerSignals(clipping=clipping) for clipping in found]
+            run.details.setdefault("percentiles", {})[str(index)] = [clipping.weights for clipping in found]
+            if run.plan.recipe.activations is not None:
+                kept = [clipping.activations for clipping in found]
+                run.details.setdefault("activation_percentiles", {})[str(index)] = kept
         if index < len(results):
             restore_layer(layers[index], linears, run.plan, run.work, streams)
         else:
             done = quantize_layer(layers[index], linears, run.plan, streams, signals[index])
-            run.work.store(done.result, done.packed, done.saliency, done.changed)
+            run.work.store(done.result, done.packed, done.saliency, done.changed, done.inputs)
             results.append(done.result)
         layers[index] = nn.Identity()  # frees the layer: nothing reads it any more
         error = results[index].errors.get("all")

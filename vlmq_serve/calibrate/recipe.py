@@ -6,6 +6,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from vlmq_serve.calibrate.simulation import ActivationRange, ActivationScheme, parse_setting, weight_scheme
 from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.format.scheme import Scheme
 
@@ -38,7 +39,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     method: Method = Field("vlmq", description="rtn needs no data, the others do")
-    bits: int = Field(4, description="2, 3, 4 or 8")
+    bits: int = Field(4, description="2, 3, 4 or 8; 6 with activation_bits, simulated in 8-bit words")
     group_size: int = Field(128, description="weights that share a scale: 32, 64, 128, or -1 for a whole row")
     symmetric: bool = Field(False, description="fixed zero point 2^(bits-1) instead of one per group")
     overrides: dict[str, SchemeOverride] = Field(
@@ -89,6 +90,12 @@ class Recipe(BaseModel):
     dependency_threshold: float | None = Field(
         None, description="h0 of qvlm: neighbouring layers of larger entropy are searched together; default: its mean"
     )
+    activation_bits: int | None = Field(
+        None, description="simulate inputs of quantized linears at 4, 6 or 8 bits; they are served with 16"
+    )
+    activation_range: ActivationRange = Field(
+        "token", description="range of simulated activations: of each token (dynamic), each channel or the tensor"
+    )
     batch_tokens: int = Field(4096, ge=1, description="tokens of equally long samples that go through a layer at once")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
@@ -107,13 +114,18 @@ class Recipe(BaseModel):
     @property
     def scheme(self) -> Scheme:
         """The default scheme."""
-        return Scheme(self.bits, self.group_size, self.symmetric)
+        return weight_scheme(self.bits, self.group_size, self.symmetric)
+
+    @property
+    def activations(self) -> ActivationScheme | None:
+        """How activations are simulated; None: they stay at 16 bits."""
+        return None if self.activation_bits is None else ActivationScheme(self.activation_bits, self.activation_range)
 
     @property
     def override_schemes(self) -> dict[str, Scheme]:
         """Complete schemes of the overrides."""
         return {
-            name: Scheme(
+            name: weight_scheme(
                 self.bits if entry.bits is None else entry.bits,
                 self.group_size if entry.group_size is None else entry.group_size,
                 self.symmetric if entry.symmetric is None else entry.symmetric,
@@ -126,11 +138,14 @@ class Recipe(BaseModel):
         allowed = _BASES.get(self.method, ("auto",))
         if self.base not in allowed:
             raise ValueError(f"base: got {self.base!r}, method {self.method} allows {', '.join(allowed)}")
+        if self.bits == 6 and self.activation_bits is None:
+            raise ValueError("bits: got 6, which exists for simulated activations only; use 4 or 8")
         return self
 
     @property
     def needs_data(self) -> bool:
-        return self.method != "rtn" or self.grid in ("diagonal", "output")
+        static = self.activation_bits is not None and self.activation_range != "token"
+        return self.method != "rtn" or self.grid in ("diagonal", "output") or static
 
     def solver(self, bits: int) -> Solver:
         """What rounds a linear of this width."""
@@ -194,15 +209,14 @@ def load_recipe(path: Path, **settings: Any) -> Recipe:
 
 
 def _checked(recipe: Recipe) -> Recipe:
-    _ = recipe.scheme, recipe.override_schemes
+    _ = recipe.scheme, recipe.override_schemes, recipe.activations
     return recipe
 
 
 def _override_from(entry: Any) -> Any:
     if not isinstance(entry, str):
         return entry
-    scheme = Scheme.parse(entry)
-    return {"bits": scheme.bits, "group_size": scheme.group_size, "symmetric": scheme.symmetric}
+    return parse_setting(entry)
 
 
 def _first_fault(error: ValidationError) -> str:

@@ -15,6 +15,8 @@ from vlmq_serve.calibrate.metrics import ALL
 from vlmq_serve.calibrate.samples import MODALITIES
 
 REPORT_FOLDER, RUN_FILE = "vlmq", "run.json"
+INPUTS_FILE = "activations.safetensors"
+"""Ranges of simulated activations: `LAYER.LINEAR.low` and so on, see `activations.range_tensors`."""
 LAYER_ROW = "layer"
 Errors = Mapping[str, float | None]
 _COLUMNS = (

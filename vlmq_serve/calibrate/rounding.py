@@ -3,7 +3,9 @@
 from time import perf_counter
 
 import torch
+from torch import Tensor
 
+from vlmq_serve.calibrate.activations import InputQuantizer, range_tensors
 from vlmq_serve.calibrate.linear import relative_error, solve
 from vlmq_serve.calibrate.loading import choose_device
 from vlmq_serve.calibrate.plan import LinearPlan, Plan
@@ -22,10 +24,17 @@ def round_layers(plan: Plan, work: WorkFolder, resume: bool, progress: Progress)
     for index, linears in enumerate(plan.by_layer):
         if index >= len(results):
             result, packed = _round_layer(index, list(linears.values()), plan)
-            work.store(result, packed, {})
+            work.store(result, packed, {}, inputs=_dynamic_inputs(list(linears.values()), plan))
             results.append(result)
         progress.advance()
     return results
+
+
+def _dynamic_inputs(linears: list[LinearPlan], plan: Plan) -> dict[str, Tensor]:
+    """Simulated activations whose ranges need no data."""
+    scheme = plan.recipe.activations
+    names = [linear.local for linear in linears if linear.scheme is not None] if scheme else []
+    return range_tensors({name: InputQuantizer(scheme) for name in names}) if scheme else {}
 
 
 def _round_layer(index: int, linears: list[LinearPlan], plan: Plan) -> tuple[LayerResult, dict[str, PackedWeight]]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from vlmq_serve.calibrate.balance import modality_ratios, modality_weights
 from vlmq_serve.calibrate.equalize import TokenError
 from vlmq_serve.calibrate.importance import TokenImportance
+from vlmq_serve.calibrate.linear import Clipping
 from vlmq_serve.calibrate.plan import Plan
 from vlmq_serve.calibrate.sources import Gradients
 from vlmq_serve.calibrate.streams import Streams
@@ -15,13 +16,13 @@ from vlmq_serve.calibrate.token_set import token_weights
 @dataclass(frozen=True)
 class LayerSignals:
     """One layer: gradients of the answers' cross-entropy, per block the error by which channel scales are judged, and
-    token weights of linears that are known beforehand, and Q-VLM's percentile; None or empty where the method does not
+    token weights of linears that are known beforehand, and Q-VLM's clipping; None or empty where the method does not
     ask for it."""
 
     gradients: Gradients | None = None
     errors: Sequence[TokenError] | None = None
     importance: Mapping[str, TokenImportance] = field(default_factory=dict)
-    percentile: float | None = None
+    clipping: Clipping | None = None
 
 
 def layer_signals(plan: Plan, streams: Streams, gradients: Sequence[Gradients] | None) -> list[LayerSignals]:

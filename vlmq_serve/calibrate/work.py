@@ -65,16 +65,19 @@ class WorkFolder:
         packed: Mapping[str, PackedWeight],
         saliency: Mapping[int, Tensor],
         changed: Mapping[str, Tensor] | None = None,
+        inputs: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Keep a layer; its record is written last, so that a record means a whole layer.
 
-        `changed`: dense tensors that a method has folded scales into, by source name.
+        `changed`: dense tensors that a method has folded scales into, by source name. `inputs`: ranges of simulated
+        activations.
         """
         tensors: dict[str, Tensor] = {}
         for name, weight in packed.items():
             tensors.update(weight.tensors(name))
         _save(tensors, self._weights(result.index))
         _save(changed or {}, self._changed(result.index))
+        _save(inputs or {}, self._inputs(result.index))
         _save({str(index): weights.contiguous() for index, weights in saliency.items()}, self._saliency(result.index))
         write_json(self._record(result.index), result.to_dict())
 
@@ -92,6 +95,16 @@ class WorkFolder:
         """Changed dense tensors of all layers: norms and biases, which are small."""
         return {name: value for i in range(self._plan.layers) for name, value in self.changed(i).items()}
 
+    def inputs(self, index: int) -> dict[str, Tensor]:
+        """Ranges of simulated activations of a layer, by local name (`activations.range_tensors`)."""
+        path = self._inputs(index)
+        return load_file(path) if path.exists() else {}
+
+    def all_inputs(self) -> dict[str, Tensor]:
+        """Those of all layers, by `LAYER.NAME`."""
+        layers = range(self._plan.layers)
+        return {f"{i}.{name}": value for i in layers for name, value in self.inputs(i).items()}
+
     def packed(self) -> "PackedLayers":
         return PackedLayers(self._plan, self._weights)
 
@@ -106,6 +119,9 @@ class WorkFolder:
 
     def _changed(self, index: int) -> Path:
         return self.path / f"layer-{index:03d}.changed.safetensors"
+
+    def _inputs(self, index: int) -> Path:
+        return self.path / f"layer-{index:03d}.inputs.safetensors"
 
     def _saliency(self, index: int) -> Path:
         return self.path / f"layer-{index:03d}.saliency.safetensors"

@@ -31,6 +31,9 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N chats.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Chats at once (folder), or requests at once (URL).")] = 32,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="Folder: with the activations that its calibration has simulated.")
+    ] = False,
 ) -> None:
     """Ask a model every question of a data file and compare with the expected answers.
 
@@ -47,7 +50,14 @@ def evaluate(
         raise VLMQError(f"--output {output}: the folder {output.absolute().parent} does not exist")
     remote = model.startswith(("http://", "https://"))
     out.print(f"evaluate {model} {'over the OpenAI API' if remote else 'in transformers, fp32'} on {data}")
-    answer = (_remote if remote else _local)(model, batch_size, max_new_tokens)
+    if remote and simulate:
+        raise VLMQError(
+            "--simulate: got a URL; a server computes with 16-bit activations, give the checkpoint's folder"
+        )
+    if remote:
+        answer = _remote(model, batch_size, max_new_tokens)
+    else:
+        answer = _local(model, batch_size, max_new_tokens, simulate)
     with progress_bar() as bar:
         task = bar.add_task("questions", total=None, note="")
         result = evaluate_chats(
@@ -82,17 +92,20 @@ def accuracy_table(result: "Evaluation", reference: "Evaluation | None") -> Tabl
     return table
 
 
-def _local(model: str, batch_size: int, max_new_tokens: int) -> Answerer:
+def _local(model: str, batch_size: int, max_new_tokens: int, simulate: bool) -> Answerer:
     import transformers
 
     from vlmq_serve.evaluate.answers import answer_locally
     from vlmq_serve.evaluate.loading import load_model
+    from vlmq_serve.evaluate.simulation import activation_scheme, load_simulated
 
     folder = Path(model)
     if not folder.is_dir():
         raise VLMQError(f"{model}: no such folder; give a model folder or a URL that starts with http:// or https://")
     hide_loading_bars()
-    loaded = load_model(folder)
+    if activation_scheme(folder) is not None and not simulate:
+        out.print("activations of 16 bits, as served; --simulate for those that its calibration has simulated")
+    loaded = load_simulated(folder) if simulate else load_model(folder)
     processor = transformers.AutoProcessor.from_pretrained(folder)
 
     def answer(chats: Sequence["Chat"]) -> Iterator[str]:

@@ -32,6 +32,9 @@ def inspect(
     out.print(_layers_table(tensors, spec))
     out.print(_sizes_table(tensors, spec))
     out.print(_provenance_table(spec))
+    if spec.simulated_activations is not None:
+        bits = spec.simulated_activations
+        out.print(f"note: calibrated for simulated {bits}-bit activations; served are the weights, with 16-bit ones")
     problems = find_problems(tensors, spec)
     for line in problems:
         out.print(f"[bold red]problem:[/] {line}", highlight=False, soft_wrap=True)

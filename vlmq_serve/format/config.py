@@ -28,6 +28,12 @@ class QuantizationSpec:
     producer: str = "unknown"
     hashes: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def simulated_activations(self) -> int | None:
+        """Bits of activations that calibration has simulated; what is stored and served are the weights alone."""
+        bits = self.settings.get("activation_bits")
+        return bits if isinstance(bits, int) else None
+
     def scheme_for(self, name: str) -> Scheme | None:
         """Scheme of the linear `name`, or None where it is left unquantized.
 

@@ -1,5 +1,6 @@
 """`VLMQConfig`: how vLLM learns which layer of a checkpoint is quantized, and how."""
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from vlmq_serve.quant_methods.inventory import Inventory, read_inventory
 from vlmq_serve.quant_methods.linear import VLMQLinearMethod
 from vlmq_serve.quant_methods.names import map_spec, names_in_vllm
 
+logger = logging.getLogger(__name__)
 MIN_CAPABILITY = 80
 """Compute capability of the oldest GPU that the kernels are compiled for (8.0, A100)."""
 
@@ -52,7 +54,14 @@ class VLMQConfig(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "VLMQConfig":
         """Raises `VLMQError` for an unknown format_version, impossible bits and the like."""
-        return cls(QuantizationSpec.from_dict(config))
+        spec = QuantizationSpec.from_dict(config)
+        if spec.simulated_activations is not None:
+            logger.warning(
+                "vlmq: the checkpoint was calibrated for activations of %d bits, by simulation; "
+                "vLLM serves its weights with activations of 16 bits",
+                spec.simulated_activations,
+            )
+        return cls(spec)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, **_: Any) -> None:
         """Check the shard headers when the model is a folder; vLLM calls this before it loads anything.

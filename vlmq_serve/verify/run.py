@@ -36,6 +36,9 @@ def verify(folder: Path, ranks: int = 1, on_tensor: Callable[[str], None] = lamb
     yield from judge(
         "contents", content_problems(tensors, spec, on_tensor), f"values of {len(tensors)} tensors are plausible"
     )
+    if spec.simulated_activations is not None:
+        bits = spec.simulated_activations
+        yield Finding(Level.NOTE, "config", f"calibrated for simulated {bits}-bit activations; served with 16-bit ones")
     yield from _check_splits(folder, tensors, spec, ranks)
     chosen = pick_linears(tensors, spec)
     fine = f"{len(chosen)} linears, {chosen[0]} to {chosen[-1]}, give the products of their dequantized weights"

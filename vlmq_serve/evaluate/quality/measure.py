@@ -31,6 +31,7 @@ from vlmq_serve.evaluate.loading import load_model
 from vlmq_serve.evaluate.quality.seeds import check_seeds, mean_overlap
 from vlmq_serve.evaluate.quality.variants import Variant
 from vlmq_serve.evaluate.run import Evaluation, evaluate_chats, read_evaluation
+from vlmq_serve.evaluate.simulation import load_simulated
 
 ShowProgress = Callable[[], AbstractContextManager[Progress]]
 
@@ -133,7 +134,7 @@ class Bench:
             return folder, pool.submit(_calibrate, *arguments).result()
 
     def _question(self, variant: Variant, folder: Path) -> tuple[Evaluation, Divergence]:
-        model = self._reference if variant.recipe is None else load_model(folder)
+        model = self._reference if variant.recipe is None else load_simulated(folder)
         processor = load_processor(folder)
 
         def answer(chats: Sequence[Chat]) -> Iterator[str]:

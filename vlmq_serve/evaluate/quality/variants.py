@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 
 from vlmq_serve.calibrate.recipe import Recipe, make_recipe
+from vlmq_serve.calibrate.simulation import parse_setting
 from vlmq_serve.format.errors import VLMQError
-from vlmq_serve.format.scheme import Scheme
 
 UNQUANTIZED = "bf16"
 _COMMA = re.compile(r",(?![^\[]*\])")  # not within a list: weighted=[q_proj,k_proj]
@@ -46,13 +46,12 @@ class Selection:
 
     def _quantized(self) -> Iterator[Variant]:
         for scheme in self.schemes:
-            parsed = Scheme.parse(scheme)
-            width = {"bits": parsed.bits, "group_size": parsed.group_size, "symmetric": parsed.symmetric}
+            width = parse_setting(scheme)
             for label in dict.fromkeys(self.methods):
                 method, settings = parse_method(label)
                 for seed in dict.fromkeys(self.seeds):
                     recipe = make_recipe(**{**width, **self.shared, "method": method, "seed": seed, **settings})
-                    yield Variant(label, str(parsed), seed, recipe)
+                    yield Variant(label, scheme, seed, recipe)
                     if not recipe.needs_data:
                         break
 
