@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from vlmq_serve.bench.memory import device_memory, sample
-from vlmq_serve.bench.serving import ServerFacts, bench_command, missing_loads, run_variant
+from vlmq_serve.bench.serving import ServerFacts, bench_arguments, missing_loads, run_variant
 from vlmq_serve.bench.tables import markdown, ratio_table, read_rows
 from vlmq_serve.bench.variants import FULL, QUICK, Load, Variant, with_arguments
 from vlmq_serve.cli import app
@@ -151,11 +151,11 @@ def test_all_variants_get_the_same_requests_and_each_load_others(tmp_path: Path)
     server = Server("http://127.0.0.1:1/v1", "m", tmp_path / "log", 1.0, 1)
 
     def seed(name: str, load: Load) -> str:
-        command = bench_command(Variant(name, MODEL), server, load, tmp_path)
+        command = bench_arguments(Variant(name, MODEL), server, load, tmp_path)
         return command[command.index("--seed") + 1]
 
     assert seed("w4", FULL[0]) == seed("bf16", FULL[0])
     assert len({seed("w4", load) for load in FULL}) == len(FULL)
-    command = bench_command(Variant("w4", MODEL), server, Load(1, 2, 3, (640, 480)), tmp_path)
+    command = bench_arguments(Variant("w4", MODEL), server, Load(1, 2, 3, (640, 480)), tmp_path)
     assert "--ignore-eos" in command
     assert "{(480, 640, 1): 1.0}" in command  # vLLM counts height first

@@ -23,7 +23,7 @@ SIBLINGS = {
     "evaluate": {"format", "device", "calibrate"},  # the data file and its chats are read by one piece of code
     "verify": {"format", "kernels", "quant_methods"},
     "export": {"format"},
-    "bench": {"format", "evaluate"},
+    "bench": {"format", "device", "evaluate"},
     "cli": {"format", "device", "calibrate", "evaluate", "kernels", "verify", "bench", "export"},
 }
 FORBIDDEN = {

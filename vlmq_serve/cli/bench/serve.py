@@ -15,7 +15,7 @@ from vlmq_serve.format.errors import VLMQError
 if TYPE_CHECKING:
     from vlmq_serve.bench.variants import Load
 
-TIMES = ("TTFT ms", "TPOT ms", "ITL ms", "requests/s", "output tokens/s", "all tokens/s", "prompt tokens", "startup_s")
+TIMES = ("TTFT ms", "TPOT ms", "ITL ms", "requests/s", "output tokens/s", "prompt tokens")
 SIZES = ("disk_mib", "weights_mib", "worker_mib", "ready_mib", "peak_mib", "device_mib", "kv_tokens", "startup_s")
 VARIANTS_HELP = "NAME=FOLDER or NAME=FOLDER@DTYPE; ratios are to the first. A tiny model named floor is subtracted."
 ARGUMENTS_HELP = (
@@ -79,7 +79,9 @@ def run(
                 failed.append(variant.name)
                 err.print(f"{variant.name} failed: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
     lines, device = write_results(output, name, [variant.name for variant in variants], columns, timings=bool(loads))
-    table = Table(*lines[0], title=f"{variants[0].name} in units, the others relative to it; {device}")
+    table = Table(title=f"{variants[0].name} in units, the others relative to it; {device}")
+    for column in lines[0]:
+        table.add_column(column, no_wrap=column in ("variant", "load"), justify="left")
     for line in lines[1:]:
         table.add_row(*line)
     out.print(table)
