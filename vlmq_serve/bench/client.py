@@ -47,22 +47,19 @@ class Client:
 
 
 def _serve_commands(log: Path) -> None:
+    assert sys.__stdout__ is not None
     with log.open("a", encoding="utf-8") as sink, contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+        # Before the first command comes, so that it does not wait for them.
+        from vllm.benchmarks.serve import add_cli_args, main
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+        parser = FlexibleArgumentParser()
+        add_cli_args(parser)
         for line in sys.stdin:
-            _run(json.loads(line))
+            main(parser.parse_args(json.loads(line)))
             sink.flush()
-            assert sys.__stdout__ is not None
             sys.__stdout__.write("done\n")
             sys.__stdout__.flush()
-
-
-def _run(arguments: list[str]) -> None:
-    from vllm.benchmarks.serve import add_cli_args, main
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    parser = FlexibleArgumentParser()
-    add_cli_args(parser)
-    main(parser.parse_args(arguments))
 
 
 if __name__ == "__main__":
