@@ -37,11 +37,11 @@ def test_a_failure_is_written_down_and_passed_over(tmp_path: Path) -> None:
 
 def test_a_vllm_command_is_made_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Packages that were unpacked have modules but no scripts; here the module is one that prints its arguments."""
-    package = tmp_path / "vllm" / "entrypoints" / "cli"
+    package = tmp_path / "site" / "vllm" / "entrypoints" / "cli"
     package.mkdir(parents=True)
     (package / "main.py").write_text("import sys; print(sys.argv[1:])")
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     interpreter = sys.executable
     monkeypatch.setattr("sys.executable", f"{tmp_path}/python")
     (tmp_path / "python").symlink_to(interpreter)
