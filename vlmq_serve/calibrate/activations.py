@@ -23,12 +23,19 @@ Range = tuple[Tensor, Tensor]
 
 
 def fake_quantize(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
-    """Q(x) in the dtype of x, computed in fp32; `low` and `high` broadcast against x."""
+    """Q(x) in the dtype of x, computed in fp32; `low` and `high` broadcast against x.
+
+    Differentiable in x and in the range: rounding passes gradients straight through.
+    """
     levels = 2**bits - 1
     low, high = low.float().clamp(max=0), high.float().clamp(min=0)
     step = ((high - low) / levels).clamp(min=_SMALLEST_STEP)
-    zero = torch.round(-low / step)
-    return ((torch.round(x.float() / step) + zero).clamp(0, levels) - zero).mul(step).to(x.dtype)
+    zero = _round(-low / step)
+    return ((_round(x.float() / step) + zero).clamp(0, levels) - zero).mul(step).to(x.dtype)
+
+
+def _round(x: Tensor) -> Tensor:
+    return x + (x.round() - x).detach() if x.requires_grad else x.round()
 
 
 def span(x: Tensor, scheme: ActivationScheme, percentile: float = 1.0) -> Range:

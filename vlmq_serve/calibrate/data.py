@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,11 @@ class SampleFeed:
                 self.grids[sample.index] = sample.inputs["image_grid_thw"]
                 self.modality[sample.index] = sample.modality
             yield sample
+
+    def first(self, count: int) -> list[CalibrationSample]:
+        """The first samples that are not too long, outside of the count of what was dropped."""
+        samples = build_samples(self.processor, self.data.chats, self.image_token_id)
+        return list(islice((s for s in samples if self.max_tokens is None or s.length <= self.max_tokens), count))
 
     def kept_lines(self) -> dict[str, str]:
         """Where the samples of the pictures come from: sample number to file and line."""

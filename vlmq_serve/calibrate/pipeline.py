@@ -20,6 +20,7 @@ from vlmq_serve.calibrate.rounding import round_layers
 from vlmq_serve.calibrate.run import Run
 from vlmq_serve.calibrate.signals import LayerSignals, layer_signals
 from vlmq_serve.calibrate.streams import Streams, capture_streams
+from vlmq_serve.calibrate.vision_clipping import VISION_SAMPLES, simulate_vision
 from vlmq_serve.calibrate.work import WorkFolder
 from vlmq_serve.format.errors import VLMQError
 
@@ -101,7 +102,10 @@ def _calibrate(run: Run, data: CalibrationData) -> list[LayerResult]:
     if recipe.needs_answer_gradients:
         gradients = AnswerGradients(model, layers, adapter.linears, device)
     watch = gradients.add if gradients else None
-    streams = capture_streams(model, adapter, feed, device, recipe.batch_tokens, run.progress, watch)
+    tower = simulate_vision(model, adapter, feed.first(VISION_SAMPLES), recipe, device)
+    if tower is not None:
+        run.details["vision"] = tower.to_dict()
+    streams = capture_streams(model, adapter, feed, device, recipe.batch_tokens, run.progress, watch, tower)
     model.to("cpu")
     run.seconds["capture"] = perf_counter() - started
     _describe_data(run, data, feed, streams)

@@ -96,6 +96,12 @@ class Recipe(BaseModel):
     activation_range: ActivationRange = Field(
         "token", description="range of simulated activations: of each token (dynamic), each channel or the tensor"
     )
+    simulated_vision: bool = Field(
+        False, description="qvlm with activation_bits: the vision tower at few bits too, by simulation"
+    )
+    vision_epochs: int = Field(10, ge=0, description="of learning the tower's clipping; 0: full ranges")
+    vision_entropy: float = Field(1, ge=0, description="weight of its entropy term (lambda 1 of Q-VLM)")
+    vision_error: float = Field(1, ge=0, description="weight of its error term (lambda 2 of Q-VLM)")
     batch_tokens: int = Field(4096, ge=1, description="tokens of equally long samples that go through a layer at once")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
@@ -140,6 +146,8 @@ class Recipe(BaseModel):
             raise ValueError(f"base: got {self.base!r}, method {self.method} allows {', '.join(allowed)}")
         if self.bits == 6 and self.activation_bits is None:
             raise ValueError("bits: got 6, which exists for simulated activations only; use 4 or 8")
+        if self.simulated_vision and (self.method != "qvlm" or self.activation_bits is None):
+            raise ValueError("simulated_vision: needs method qvlm and activation_bits")
         return self
 
     @property

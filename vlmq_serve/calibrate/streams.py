@@ -11,6 +11,7 @@ from vlmq_serve.calibrate.capture import Batch, capture_first_inputs, group_by_l
 from vlmq_serve.calibrate.families.adapter import BehindLayer, ModelAdapter
 from vlmq_serve.calibrate.progress import Progress
 from vlmq_serve.calibrate.samples import MODALITIES, CalibrationSample
+from vlmq_serve.calibrate.vision import VisionSimulation, quantized_tower
 
 
 class StreamItem(NamedTuple):
@@ -64,10 +65,12 @@ def capture_streams(
     batch_tokens: int,
     progress: Progress,
     watch: Callable[[list[CalibrationSample]], None] | None = None,
+    tower: VisionSimulation | None = None,
 ) -> Streams:
     """Run embeddings and vision tower over the samples; both streams start equal.
 
-    `watch` sees every batch of samples in the order of the streams.
+    With a simulated `tower` the quantized stream starts behind that one. `watch` sees every batch of samples in the
+    order of the streams.
     """
     streams = Streams(device)
     parts = [model.get_submodule(path) for path in adapter.before_layers]
@@ -77,6 +80,9 @@ def capture_streams(
         hidden, batch = capture_first_inputs(model, adapter, group, device)
         streams.batches.append(batch)
         streams.full.append(hidden)
+        if tower is not None:
+            with quantized_tower(model, tower):
+                hidden, _ = capture_first_inputs(model, adapter, group, device)
         streams.quantized.append(hidden)
         if watch is not None:
             watch(group)

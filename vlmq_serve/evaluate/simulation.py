@@ -10,10 +10,12 @@ from safetensors.torch import load_file
 
 from vlmq_serve.calibrate.activations import add_quantizer, read_quantizers
 from vlmq_serve.calibrate.families import find_adapter
-from vlmq_serve.calibrate.report import INPUTS_FILE, REPORT_FOLDER
+from vlmq_serve.calibrate.report import INPUTS_FILE, REPORT_FOLDER, RUN_FILE
 from vlmq_serve.calibrate.simulation import ActivationScheme
+from vlmq_serve.calibrate.vision import VisionSimulation, add_quantized_tower
 from vlmq_serve.evaluate.loading import load_model, read_spec
 from vlmq_serve.format.errors import VLMQError
+from vlmq_serve.format.headers import read_json
 
 
 def activation_scheme(folder: Path) -> ActivationScheme | None:
@@ -24,7 +26,8 @@ def activation_scheme(folder: Path) -> ActivationScheme | None:
 
 
 def load_simulated(folder: Path) -> Any:
-    """`loading.load_model` in fp32, with fake quantization of what the quantized linears read."""
+    """`loading.load_model` in fp32, with fake quantization of what the quantized linears read, and of the vision
+    tower where the calibration has simulated it."""
     model = load_model(folder)
     scheme = activation_scheme(folder)
     if scheme is None:
@@ -37,4 +40,7 @@ def load_simulated(folder: Path) -> Any:
     for name, quantizer in read_quantizers(scheme, load_file(path)).items():
         index, _, local = name.partition(".")
         add_quantizer(layers[int(index)].get_submodule(local), quantizer)
+    run = read_json(folder / REPORT_FOLDER / RUN_FILE)
+    if "vision" in run:
+        add_quantized_tower(model, VisionSimulation.from_dict(run["vision"]))
     return model
