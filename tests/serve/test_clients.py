@@ -5,6 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -169,6 +172,18 @@ def test_32_requests_at_once_get_the_answers_of_one_at_a_time(ask: Callable) -> 
     with ThreadPoolExecutor(32) as pool:
         together = list(pool.map(lambda i: ask(question(i % 8)).choices[0].message.content, range(32)))
     assert together == alone * 4
+
+
+def test_the_latency_example_times_its_requests(server: Server, tmp_path: Path) -> None:
+    images = [tmp_path / f"{index}.png" for index in range(3)]
+    for index, path in enumerate(images):
+        poster(index).save(path)
+    command = [sys.executable, EXAMPLES / "latency.py", server.base_url, QUESTION, *images, "--concurrency", "2"]
+    told = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120, check=True).stdout
+    first, later, total = told.splitlines()
+    assert re.fullmatch(r"time to first token, ms +p50 +[1-9][\d.]+ +p90 +[1-9][\d.]+", first)
+    assert later.startswith("time per later token, ms")
+    assert re.fullmatch(r"3 answers, \d+ tokens, [\d.]+ tokens/s", total)
 
 
 def test_cancelled_streams_leave_room_for_others(ask: Callable) -> None:
