@@ -97,7 +97,7 @@ def test_the_loss_is_the_sum_of_its_terms(setting):
 
     def loss(**weights):
         settings = {"vision_entropy": 0, "vision_error": 0, **weights}
-        return float(vision_loss(model, adapter, inputs, modality, simulation, recipe_of(**settings)))
+        return vision_loss(model, adapter, inputs, modality, simulation, recipe_of(**settings)).item()
 
     assert loss() == pytest.approx(answers, rel=1e-4)
     assert loss(vision_error=3) == pytest.approx(answers + 3 * drift, rel=1e-4)

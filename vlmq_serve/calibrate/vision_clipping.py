@@ -72,7 +72,7 @@ def learn_factors(
             with torch.enable_grad():
                 loss = vision_loss(model, adapter, batch_inputs(batch, device), modality, simulation, recipe)
                 optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
             optimizer.step()
             raw.data.clamp_(SMALLEST_FACTOR, 1)
     found = raw.detach().cpu().tolist()
