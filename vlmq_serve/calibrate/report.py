@@ -14,7 +14,7 @@ import torch
 from vlmq_serve.calibrate.metrics import ALL
 from vlmq_serve.calibrate.samples import MODALITIES
 
-REPORT_FOLDER, RUN_FILE = "vlmq", "run.json"
+REPORT_FOLDER, RUN_FILE, LAYERS_FILE = "vlmq", "run.json", "layers.csv"
 INPUTS_FILE = "activations.safetensors"
 """Ranges of simulated activations: `LAYER.LINEAR.low` and so on, see `activations.range_tensors`."""
 LAYER_ROW = "layer"
@@ -108,7 +108,7 @@ class RunReport:
 def write_report(folder: Path, report: RunReport) -> None:
     """Write run.json and layers.csv into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "layers.csv").open("w", newline="", encoding="utf-8") as handle:
+    with (folder / LAYERS_FILE).open("w", newline="", encoding="utf-8") as handle:
         writer = csv.DictWriter(handle, _COLUMNS, lineterminator="\n")
         writer.writeheader()
         for layer in report.layers:

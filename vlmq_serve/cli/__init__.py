@@ -7,6 +7,7 @@ from vlmq_serve.cli.calibrate import calibrate
 from vlmq_serve.cli.evaluate import evaluate
 from vlmq_serve.cli.export import export
 from vlmq_serve.cli.inspect import inspect
+from vlmq_serve.cli.report import report
 from vlmq_serve.cli.verify import verify
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ app = typer.Typer(
 app.command()(calibrate)
 app.command()(inspect)
 app.command()(verify)
+app.command()(report)
 app.command()(export)
 app.command(name="eval")(evaluate)
 app.add_typer(bench, name="bench")
