@@ -41,7 +41,7 @@ def svg(figure: "Figure") -> str:
 
     text = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "vlmq"}):
-        figure.savefig(text, format="svg", metadata={"Date": None})
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     content = text.getvalue()
     return content[content.index("<svg") :]
 
@@ -55,7 +55,7 @@ def layer_errors(record: RunRecord) -> str | None:
     for name, values in lines.items():
         _line(panel, values, COLOURS[name], name)
     panel.set(xlabel="decoder layer", ylabel="relative squared error", yscale="log")
-    panel.legend(frameon=False, ncols=4)
+    figure.legend(frameon=False, ncols=4, loc="outside upper left")
     return svg(figure)
 
 
@@ -86,9 +86,10 @@ def importance(record: RunRecord) -> str | None:
         for name in MODALITIES:
             _line(panel, record.series(kind, f"importance_{name}"), COLOURS[name], name)
         panel.axhline(1, color=COLOURS[ALL], linewidth=0.8, linestyle="--")
-        panel.set(title=kind, xlabel="decoder layer", yscale="log")
+        panel.set(xlabel="decoder layer", yscale="log")
+        panel.set_title(kind, fontsize=10)
     panels[0].set_ylabel("mean token weight")
-    panels[-1].legend(frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, ncols=3, loc="outside upper left")
     return svg(figure)
 
 
@@ -106,7 +107,7 @@ def effective_tokens(record: RunRecord) -> str | None:
     if tokens:
         panel.axhline(sum(tokens.values()), color=COLOURS[ALL], linewidth=0.8, linestyle="--", label="all tokens")
     panel.set(xlabel="decoder layer", ylabel="effective tokens", yscale="log")
-    panel.legend(frameon=False, ncols=4)
+    figure.legend(frameon=False, ncols=5, loc="outside upper left")
     return svg(figure)
 
 
@@ -118,7 +119,8 @@ def cost(record: RunRecord) -> str:
     ):
         values = [number(row[column]) or 0.0 for row in record.layers]
         panel.bar(range(len(values)), values, color=COLOURS["vision"])
-        panel.set(xlabel="decoder layer", title=label)
+        panel.set_xlabel("decoder layer")
+        panel.set_title(label, fontsize=10)
         whole_ticks(panel, len(values))
     return svg(figure)
 
@@ -135,7 +137,7 @@ def sizes(record: RunRecord) -> str | None:
         left += count / 2**20
     panel.invert_yaxis()
     panel.set_xlabel("MiB")
-    panel.legend(frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.5))
+    figure.legend(frameon=False, ncols=4, loc="outside upper left")
     return svg(figure)
 
 
