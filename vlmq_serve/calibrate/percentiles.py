@@ -10,11 +10,9 @@ layer read, with the weights of the first. Both at once would be 5^6 combination
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import accumulate, pairwise, product
-from typing import TypeVar
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +26,10 @@ from vlmq_serve.calibrate.solvers.solution import SolverOptions
 from vlmq_serve.calibrate.streams import StreamItem, Streams
 
 PERCENTILES = (1.0, 0.995, 0.99, 0.985, 0.98)
-T = TypeVar("T")
 Quantizers = Mapping[str, InputQuantizer]
 """By local name of the linear."""
+Trial = tuple[nn.Module, Quantizers]
+"""A layer with rounded weights, and what quantizes the inputs of its linears."""
 
 
 @torch.no_grad()
@@ -54,40 +53,54 @@ def search_percentiles(layers: Sequence[nn.Module], first: int, plan: Plan, stre
     for layer in layers:
         layer.to(streams.device)
     targets = [_run(plan, layers, first, item.full, item, streams).cpu() for item in streams]
-
-    def error(trial: Sequence[nn.Module], inputs: Sequence[Quantizers]) -> float:
-        total = 0.0
-        with ExitStack() as stack:
-            for layer, quantizers in zip(trial, inputs, strict=True):
-                stack.enter_context(quantized_inputs(layer, quantizers))
-            for item in streams:
-                output = _run(plan, trial, first, item.quantized, item, streams)
-                total += float((output.float() - targets[item.position].to(output).float()).square().sum())
-        return total
-
     inputs = _input_quantizers(layers, first, plan, streams)
     rounded = [
         {p: _rounded(layer, linears, p) for p in PERCENTILES}
         for layer, linears in zip(layers, plan.by_layer[first : first + len(layers)], strict=True)
     ]
-    whole = [choices[1.0] for choices in inputs]
-    weights = _best(len(layers), lambda trial: error(_pick(rounded, trial), whole))
+
+    def best(options: Sequence[Mapping[float, Trial]]) -> tuple[float, ...]:
+        start = [hidden.cpu() for hidden in streams.quantized]
+        found = _outputs(plan, options, first, start, streams)
+        return min(found, key=lambda outputs: _error(outputs[1], targets))[0]
+
+    weights = best(
+        [{p: (table[p], whole[1.0]) for p in PERCENTILES} for table, whole in zip(rounded, inputs, strict=True)]
+    )
     activations = (1.0,) * len(layers)
     if plan.recipe.activations is not None:
-        chosen = _pick(rounded, weights)
-        activations = _best(len(layers), lambda trial: error(chosen, _pick(inputs, trial)))
+        chosen = [table[p] for table, p in zip(rounded, weights, strict=True)]
+        activations = best(
+            [{p: (layer, table[p]) for p in PERCENTILES} for layer, table in zip(chosen, inputs, strict=True)]
+        )
     for layer in layers:
         layer.to("cpu")
     return tuple(Clipping(w, a) for w, a in zip(weights, activations, strict=True))
 
 
-def _best(depth: int, error: Callable[[Sequence[float]], float]) -> tuple[float, ...]:
-    """The combination of least error, the first of equals."""
-    return min(product(PERCENTILES, repeat=depth), key=error)
+def _outputs(
+    plan: Plan,
+    options: Sequence[Mapping[float, Trial]],
+    first: int,
+    hidden: Sequence[Tensor],
+    streams: Streams,
+    chosen: tuple[float, ...] = (),
+) -> Iterator[tuple[tuple[float, ...], Sequence[Tensor]]]:
+    """All combinations with the block's outputs per batch. Those that begin alike share the layers they begin with."""
+    if len(chosen) == len(options):
+        yield chosen, hidden
+        return
+    for p, (layer, quantizers) in options[len(chosen)].items():
+        with quantized_inputs(layer, quantizers):
+            behind = [
+                _forward(plan, layer, first + len(chosen), hidden[item.position].to(item.full), item, streams).cpu()
+                for item in streams
+            ]
+        yield from _outputs(plan, options, first, behind, streams, (*chosen, p))
 
 
-def _pick(choices: Sequence[Mapping[float, T]], combination: Sequence[float]) -> list[T]:
-    return [table[p] for table, p in zip(choices, combination, strict=True)]
+def _error(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
+    return sum(float((a.float() - b.float()).square().sum()) for a, b in zip(outputs, targets, strict=True))
 
 
 def _input_quantizers(
