@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vlmq_serve.calibrate.activations import fake_quantize
 from vlmq_serve.calibrate.balance import modality_ratios, modality_weights
 from vlmq_serve.calibrate.equalize import (
     RATIOS,
@@ -18,6 +19,7 @@ from vlmq_serve.calibrate.pipeline import calibrate
 from vlmq_serve.calibrate.plan import LinearPlan
 from vlmq_serve.calibrate.recipe import make_recipe
 from vlmq_serve.calibrate.samples import ANSWER, PROMPT, VISION
+from vlmq_serve.calibrate.simulation import ActivationScheme
 from vlmq_serve.calibrate.solvers.solution import SolverOptions
 from vlmq_serve.calibrate.streams import StreamItem
 from vlmq_serve.evaluate.loading import load_model
@@ -64,17 +66,18 @@ def streams():
     return OneBatch([StreamItem(0, hidden, quantized, KINDS, {})])
 
 
+@pytest.mark.parametrize("activations", [None, ActivationScheme(4)])
 @pytest.mark.parametrize("exposed", [False, True])
 @pytest.mark.parametrize(
     "error",
     [TokenError(), TokenError(1, [torch.tensor([[0, 0.5, 0.5, 1, 1]])]),
      TokenError(2, [torch.tensor([[0, 2.0, 0, 0, 3]])], True)],
 )  # fmt: skip
-def test_scales_are_the_best_of_the_grid(streams, error, exposed):
+def test_scales_are_the_best_of_the_grid(streams, error, exposed, activations):
     layer = Gate()
     linears = {n: LinearPlan(n, 0, n, tuple(layer.get_parameter(f"{n}.weight").shape), torch.bfloat16, SCHEME)
                for group in MLP.linear_groups for n in group}  # fmt: skip
-    folded = equalize_block(Gate(), layer, MLP, linears, streams, ChannelSearch(error, OPTIONS, exposed))
+    folded = equalize_block(Gate(), layer, MLP, linears, streams, ChannelSearch(error, OPTIONS, exposed, activations))
     hidden = streams[0].quantized if exposed else streams[0].full
     x = layer.post_attention_layernorm(hidden)
     weights = error.weights[0][..., None] if error.weights else torch.ones(1, 5, 1)
@@ -88,7 +91,12 @@ def test_scales_are_the_best_of_the_grid(streams, error, exposed):
         for name in ("gate_proj", "up_proj"):
             weight = trial.mlp.get_submodule(name).weight
             weight.copy_(scaled_rounding(weight, scales, SCHEME, OPTIONS))
-        difference = (MLP.forward(trial, hidden, {}) - target).abs() ** error.power
+        read = x
+        if activations is not None:
+            low, high = (x / scales).amin(-1, keepdim=True), (x / scales).amax(-1, keepdim=True)
+            read = fake_quantize(x / scales, low, high, activations.bits) * scales
+        output = hidden + trial.mlp.forward(read)
+        difference = (output - target).abs() ** error.power
         errors.append(float((difference * weights).sum()))
     best = candidate_scales(magnitude, min(range(RATIOS), key=errors.__getitem__) / RATIOS)
     # What the stored norm really applies differs from the best scales by bf16's rounding only.
