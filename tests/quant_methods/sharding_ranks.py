@@ -6,6 +6,7 @@ python -m tests.quant_methods.sharding_ranks SCHEME...
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
 from typing import Any
 
@@ -18,7 +19,7 @@ from vlmq_serve.format.scheme import Scheme
 from vlmq_serve.format.weight import PackedWeight
 
 HIDDEN, WIDE, HEAD, HEADS, SHARED = 256, 1024, 32, 16, 4
-TOLERANCE = 1e-3
+TOLERANCE = 1e-2  # outputs reach 100; the CPU kernel rounds x to a 2^16th of its largest value, a wrong row is off by 10
 RANKS = (1, 2, 4, 8)
 
 
@@ -57,6 +58,8 @@ def check(rank: int, ranks: int, port: int, scheme: Scheme, results: Any) -> Non
 
     from vlmq_serve.quant_methods.config import VLMQConfig
 
+    # Ranks that disagree about this name use gloo and no shared memory, which would stay behind.
+    os.environ["VLLM_DIST_IDENT"] = f"{port}-{rank}"
     with set_current_vllm_config(VllmConfig(compilation_config=CompilationConfig(custom_ops=["none"]))):
         init_distributed_environment(ranks, rank, f"tcp://127.0.0.1:{port}", rank, "gloo")
         initialize_model_parallel(ranks)

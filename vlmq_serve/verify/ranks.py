@@ -94,6 +94,9 @@ def _open_on_rank(folder: Path, config: Any, rank: int, port: int) -> RankResult
     from vllm.model_executor.model_loader.utils import initialize_model
 
     ranks = config.parallel_config.tensor_parallel_size
+    # vLLM's workers set this name of their shared memory. Where ranks disagree vLLM falls back to gloo. That is wanted:
+    # nothing is exchanged here, and shared memory would stay behind when a forked rank ends.
+    os.environ["VLLM_DIST_IDENT"] = f"vlmq-verify-{port}-{rank}"
     with set_current_vllm_config(config):
         init_distributed_environment(ranks, rank, f"tcp://127.0.0.1:{port}", rank, "gloo")
         initialize_model_parallel(ranks)
