@@ -3,11 +3,12 @@
     python -m benchmarks.serving.first_gpu OUT --size 7b --seconds 540
     python -m benchmarks.serving.first_gpu OUT --dry-run          # every stage that a CPU can do, with a tiny model
 
-Writes a random Qwen2-VL, rounds it to 4, 3 and 2 bits, exports it for vLLM's own kernels, starts one `vllm serve` for
-each variant, all at the same time, asks each about an image, and measures one after the other, the most telling loads
-first. Tables and plots are written after every load to OUT/DEVICE/SIZE; what does not fit into --seconds is left out
-and said. A variant that does not start is tried without torch.compile and then without CUDA graphs. vLLM and this
-package must be installed.
+Compares the answers of the tiny example model at 4, 3 and 2 bits, served, with transformers. Meanwhile writes a random
+Qwen2-VL, rounds it to 4, 3 and 2 bits, exports it for vLLM's own kernels, starts one `vllm serve` for each variant, all
+at the same time, asks each about an image, and measures one after the other, the most telling loads first. Tables and
+plots are written after every load to OUT/DEVICE/SIZE; what does not fit into --seconds is left out and said. A variant
+that does not start is tried without torch.compile and then without CUDA graphs. vLLM and this package must be
+installed.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.serving.stages import Clock, Log, ask_about_image, put_vllm_on_path, random_model
+from benchmarks.serving.stages import Clock, Log, ask_about_image, check_answers, put_vllm_on_path, random_model
 from vlmq_serve.bench.client import Client
 from vlmq_serve.bench.serving import note_start, run_load, start
 from vlmq_serve.bench.tables import write_results
@@ -86,7 +87,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.work or _roomy(), prefix="first-gpu-") as work:
         os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
         os.environ.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-        put_vllm_on_path(Path(work))
+        put_vllm_on_path()
         log(f"{device_name()}, torch {torch.__version__}, size {size}, models in {work}")
         with ExitStack() as stack:
             client = stack.enter_context(Client(out / "client.log"))
@@ -108,9 +109,11 @@ def start_all(
     work: Path, size: str, kinds: dict[str, Kind], out: Path, log: Log, stack: ExitStack
 ) -> dict[str, tuple[Variant, Server]]:
     """Build the models and start their servers, everything that can at the same time; those that came up, in order."""
+    pool = stack.enter_context(ThreadPoolExecutor(3 * len(kinds)))
+    for bits in sorted({kind.bits for kind in kinds.values()} - {16}, reverse=True):
+        pool.submit(_check, bits, work, out, log)  # while the large models are written
     random_model(work, size, [])
     log("bf16: weights written")
-    pool = stack.enter_context(ThreadPoolExecutor(2 * len(kinds)))
     rounded = {bits: pool.submit(random_model, work, size, [bits]) for bits in {k.bits for k in kinds.values()} - {16}}
     futures = {name: pool.submit(_bring_up, name, kind, work, rounded, out, log, stack) for name, kind in kinds.items()}
     up = {}
@@ -118,6 +121,12 @@ def start_all(
         with log.failure(name):
             up[name] = future.result()
     return up
+
+
+def _check(bits: int, work: Path, out: Path, log: Log) -> None:
+    with log.failure(f"answers at w{bits}"):
+        questions = 50 if torch.cuda.is_available() else 8
+        log(f"answers at w{bits}: {check_answers(work, bits, questions, out / f'answers-w{bits}.csv')}")
 
 
 def _bring_up(

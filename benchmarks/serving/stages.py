@@ -6,10 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks.serving.random_model import TINY
+from vlmq_serve.calibrate.pipeline import calibrate
+from vlmq_serve.calibrate.recipe import make_recipe
 from vlmq_serve.cli.console import out
 from vlmq_serve.evaluate.endpoint import connect, image_url
 from vlmq_serve.format.errors import VLMQError
@@ -55,12 +59,11 @@ class Log:
             self(f"{what}: failed: {type(error).__name__}: {str(error)[-2000:]}")
 
 
-def put_vllm_on_path(folder: Path) -> None:
+def put_vllm_on_path() -> None:
     """A `vllm` command where packages were unpacked without their scripts."""
     if shutil.which("vllm") or Path(sys.executable).with_name("vllm").exists():
         return
-    script = folder / "bin" / "vllm"
-    script.parent.mkdir()
+    script = Path(tempfile.mkdtemp(prefix="vllm-")) / "vllm"
     script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m vllm.entrypoints.cli.main "$@"\n', encoding="utf-8")
     script.chmod(0o755)
     os.environ["PATH"] = f"{script.parent}{os.pathsep}{os.environ['PATH']}"
@@ -68,11 +71,24 @@ def put_vllm_on_path(folder: Path) -> None:
 
 def random_model(folder: Path, size: str, bits: list[int]) -> None:
     """Write FOLDER/bf16, and FOLDER/wBITS for each of `bits`, in a process whose GPU memory goes with it."""
-    command = [sys.executable, "-m", "benchmarks.serving.random_model", str(folder), "--size", size, "--bits"]
-    command += map(str, bits)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=MODEL_TIMEOUT_S)
+    _run("benchmarks.serving.random_model", str(folder), "--size", size, "--bits", *map(str, bits))
+
+
+def check_answers(folder: Path, bits: int, questions: int, table: Path) -> str:
+    """The tiny model that can answer, rounded, served, and compared with transformers: the line of the result."""
+    checkpoint = folder / f"tiny-w{bits}g64"
+    calibrate(str(TINY), checkpoint, None, make_recipe(method="rtn", bits=bits, group_size=64))
+    options = ("--dtypes", "auto", "--questions", str(questions), "--output", str(table))
+    _run("benchmarks.quality.serving", str(checkpoint), *options)
+    return table.read_text(encoding="utf-8").splitlines()[1]
+
+
+def _run(module: str, *arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments], capture_output=True, text=True, timeout=MODEL_TIMEOUT_S
+    )
     if done.returncode:
-        raise VLMQError(f"random model {size} {bits}: " + "\n".join((done.stdout + done.stderr).splitlines()[-15:]))
+        raise VLMQError(f"{module} {arguments}: " + "\n".join((done.stdout + done.stderr).splitlines()[-20:]))
 
 
 def ask_about_image(base_url: str) -> str:

@@ -45,7 +45,7 @@ def test_a_vllm_command_is_made_where_there_is_none(tmp_path: Path, monkeypatch:
     interpreter = sys.executable
     monkeypatch.setattr("sys.executable", f"{tmp_path}/python")
     (tmp_path / "python").symlink_to(interpreter)
-    put_vllm_on_path(tmp_path)
+    put_vllm_on_path()
     told = subprocess.run(["vllm", "serve", "x"], capture_output=True, text=True, check=True, env=dict(os.environ))
     assert told.stdout.strip() == "['serve', 'x']"
 
