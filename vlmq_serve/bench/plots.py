@@ -40,14 +40,21 @@ def _plot_latency(path: Path, rows: Sequence[Row], device: str) -> Path:
     figure, grid = pyplot.subplots(len(LATENCIES), len(shapes), figsize=size, squeeze=False)
     for column, shape in enumerate(shapes):
         chosen = [row for row in rows if Load.parse(row.load).shape == shape]
-        grid[0][column].set_title(shape)
+        grid[0][column].set_title(_describe(Load.parse(chosen[0].load)), fontsize=10)
         for line, metric in enumerate(LATENCIES):
             for index, name in enumerate(names):
                 points = [row for row in chosen if row.variant == name and metric in row.values]
                 _draw_line(grid[line][column], points, metric, name, f"C{index}")
-            grid[line][column].set(xlabel="output tokens per second", ylabel=LATENCIES[metric], ylim=(0, None))
+            grid[line][column].margins(0.15)
+            grid[line][column].set(xlabel="output tokens per second", ylabel=LATENCIES[metric])
+            grid[line][column].set(xlim=(0, None), ylim=(0, None))
     grid[0][0].legend()
     return _save(figure, path, f"{device}; medians; at the points: requests at once")
+
+
+def _describe(load: Load) -> str:
+    image = "" if load.image is None else f" and an image of {load.image[0]} x {load.image[1]}"
+    return f"{load.prompt_tokens} tokens{image}, answer of {load.output_tokens}"
 
 
 def _draw_line(axes: "Axes", points: Sequence[Row], metric: str, name: str, color: str) -> None:
@@ -74,7 +81,7 @@ def _plot_memory(path: Path, rows: Sequence[Row], device: str) -> Path:
         axes.bar_label(drawn, fmt="%.0f", fontsize=7)
     axes.set_xticks(range(len(names)), names)
     axes.set_ylabel("MiB")
-    axes.legend()
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(bars), fontsize=8)
     return _save(figure, path, device)
 
 

@@ -55,9 +55,9 @@ def read_rows(out: Path, names: Sequence[str], timings: bool = True) -> list[Row
     return rows
 
 
-def _load_order(path: Path) -> tuple[str, float, int]:
+def _load_order(path: Path) -> tuple[tuple[int, int], str, float, int]:
     load = Load.parse(path.stem)
-    return load.shape, load.rate, load.concurrency
+    return load.image or (0, 0), load.shape, load.rate, load.concurrency
 
 
 def _times(path: Path) -> dict[str, float]:
