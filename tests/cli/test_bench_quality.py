@@ -43,6 +43,7 @@ def test_a_table_and_a_second_run_that_keeps_what_is_done(tmp_path: Path) -> Non
         (("--method", "gptq:samples"), "expected METHOD:key=value"),
         (("--scheme", "w5g64"), "bits: got 5"),
         (("--scheme", "w2g128"), "does not divide"),
+        (("--method", "rtn", "--baseline", "gptaq"), "which is none of the methods; add --method gptaq"),
         (("--samples", "512", "--seed", "0", "--seed", "1"), "draw the same 512 of the 512 chats"),
     ],
 )

@@ -55,6 +55,15 @@ def test_means_pairs_and_the_share_won_back():
     assert rows["rtn"].against.value == pytest.approx(0.25 - 0.725)
 
 
+def test_another_baseline(tmp_path):
+    rows = summarise(RUNS, "vlmq")
+    write_markdown(tmp_path / "t.md", rows, [], "vlmq")
+    gptq = next(row for row in rows if row.label == "gptq")
+    assert gptq.against is not None
+    assert gptq.against.value == pytest.approx(0.725 - 0.8)
+    assert "| minus vlmq |" in (tmp_path / "t.md").read_text()
+
+
 def test_no_share_where_the_baseline_loses_nothing():
     rows = summarise([measured(UNQUANTIZED, 190), measured("gptq", 190), measured("vlmq", 190)])
     assert rows[2].won_back is None

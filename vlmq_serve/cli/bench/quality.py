@@ -30,6 +30,7 @@ def quality(
     limit: Annotated[int | None, typer.Option(min=2, help="Only the first N questions.")] = None,
     divergence_chats: Annotated[int, typer.Option(min=1, help="Questions for the KL divergence to bf16.")] = 256,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 8,
+    baseline: Annotated[str, typer.Option(help="One of the methods; the others are compared with it.")] = "gptq",
     work: Annotated[Path, typer.Option(help="Finished variants; a second run goes on from there.")] = Path(
         "out/quality"
     ),
@@ -50,6 +51,8 @@ def quality(
         raise VLMQError(f"{model}: no such folder; give the folder of the unquantized model")
     shared: dict[str, Any] = {} if samples is None else {"samples": samples}
     variants = Selection(method or METHODS, scheme or ["w4g64", "w3g64", "w2g64"], seed or [0], shared).variants()
+    if baseline != "gptq" and baseline not in {variant.label for variant in variants}:
+        raise VLMQError(f"--baseline: got {baseline!r}, which is none of the methods; add --method {baseline}")
     bench = Bench(model, data, questions, work, RichProgress, limit, divergence_chats, max_new_tokens, keep_checkpoints)
     bench.check(variants)
     hide_loading_bars()
@@ -58,20 +61,20 @@ def quality(
         kept = " (kept)" if bench.record(variant).exists() else ""
         err.print(f"{number} of {len(variants)}: {variant.name}{kept}", highlight=False)
         measured.append(bench.measure(variant))
-    _write(output, measured, bench.describe(variants))
+    _write(output, measured, bench.describe(variants), baseline)
 
 
-def _write(output: Path, measured: "list[Measured]", notes: list[str]) -> None:
+def _write(output: Path, measured: "list[Measured]", notes: list[str], baseline: str) -> None:
     from vlmq_serve.evaluate.quality.plot import write_plot
     from vlmq_serve.evaluate.quality.summary import summarise
-    from vlmq_serve.evaluate.quality.tables import RESULT_COLUMNS, result_cells, write_csv, write_markdown
+    from vlmq_serve.evaluate.quality.tables import result_cells, result_columns, write_csv, write_markdown
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    rows = summarise(measured)
+    rows = summarise(measured, baseline)
     write_csv(output.with_name(output.name + ".csv"), measured)
-    write_markdown(output.with_name(output.name + ".md"), rows, notes)
+    write_markdown(output.with_name(output.name + ".md"), rows, notes, baseline)
     write_plot(output.with_name(output.name + ".png"), rows)
-    table = Table(*RESULT_COLUMNS, title="95 % intervals in brackets", title_justify="left")
+    table = Table(*result_columns(baseline), title="95 % intervals in brackets", title_justify="left")
     for row in rows:
         table.add_row(*result_cells(row))
     out.print(table)

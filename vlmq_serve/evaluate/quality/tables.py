@@ -36,21 +36,21 @@ def write_csv(path: Path, measured: Sequence[Measured]) -> None:
                 writer.writerow({key: f"{v:.5g}" if isinstance(v, float) else v for key, v in line.items()})
 
 
-def write_markdown(path: Path, rows: Sequence[Row], notes: Sequence[str]) -> None:
+def write_markdown(path: Path, rows: Sequence[Row], notes: Sequence[str], baseline: str = BASELINE) -> None:
     """A table of results and one of kinds of question, after the lines of `notes`."""
     tasks = list(rows[0].per_task)
     lines = [*notes, ""]
-    lines += _table(RESULT_COLUMNS, [result_cells(row) for row in rows])
+    lines += _table(result_columns(baseline), [result_cells(row) for row in rows])
     lines += ["", "Accuracy by kind of question, mean over seeds:", ""]
     kinds = [[row.label, row.scheme, *(f"{row.per_task[task]:.1%}" for task in tasks)] for row in rows]
     lines += _table(("method", "scheme", *tasks), kinds)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-RESULT_COLUMNS = (
-    "method", "scheme", "seeds", "accuracy", f"minus {BASELINE}", "loss won back", "KL prompt", "KL answer",
-    "seconds", "peak MiB",
-)  # fmt: skip
+def result_columns(baseline: str = BASELINE) -> tuple[str, ...]:
+    """Heads of `result_cells`."""
+    figures = ("loss won back", "KL prompt", "KL answer", "seconds", "peak MiB")
+    return ("method", "scheme", "seeds", "accuracy", f"minus {baseline}", *figures)
 
 
 def result_cells(row: Row) -> list[str]:
