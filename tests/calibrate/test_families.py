@@ -78,12 +78,12 @@ def qwen3_vl(tokenizer, text):
     return Qwen3VLForConditionalGeneration(config), Qwen3VLProcessor(images, tokenizer, Qwen3VLVideoProcessor())
 
 
-def llava_onevision(tokenizer, text):
+def llava_onevision(tokenizer, text, vision_hidden=32, vision_intermediate=48):
     config = LlavaOnevisionConfig(
         text_config={**text, "model_type": "qwen2"},
         vision_config=SiglipVisionConfig(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=56,
-            patch_size=14,
+            hidden_size=vision_hidden, intermediate_size=vision_intermediate, num_hidden_layers=2,
+            num_attention_heads=2, image_size=56, patch_size=14,
         ),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),

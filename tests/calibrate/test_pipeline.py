@@ -128,7 +128,7 @@ def test_mixed_widths_and_ignored_linears(tiny_model, data_file, tmp_path):
     [
         ({"group_size": 128}, "does not divide"),
         ({"overrides": {"q_proj": "w2g32"}}, "fuses"),
-        ({"overrides": {"dwn_proj": "w2g32"}}, "fits no decoder linear"),
+        ({"overrides": {"dwn_proj": "w2g32"}}, "fits no linear that is quantized"),
         ({"ignore": ("visual", "layer.0")}, "fits no module"),
         ({"ignore": ("visual", "layers")}, "no decoder linear to quantize"),
         ({"max_tokens": 5}, "all 24 samples are longer"),

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from vlmq_serve.calibrate.pipeline import calibrate
+from vlmq_serve.calibrate.recipe import make_recipe
 from vlmq_serve.format.config import QuantizationSpec
 from vlmq_serve.format.scheme import Scheme
 from vlmq_serve.format.shards import write_checkpoint
@@ -50,6 +52,14 @@ def quantize(source: Path, out: Path, scheme: str, overrides: dict[str, str] | N
             assert chosen is not None
             packed[module] = round_to_nearest(tensor, chosen)
     write_checkpoint(source, out, packed, spec)
+    return out
+
+
+def quantize_parts(source: Path, out: Path, scheme: str, **settings: Any) -> Path:
+    """Write `out` with `vlmq calibrate --method rtn`: head and vision tower too, where `settings` have schemes."""
+    chosen = Scheme.parse(scheme)
+    recipe = make_recipe(method="rtn", bits=chosen.bits, group_size=chosen.group_size, **settings)
+    calibrate(source, out, None, recipe)
     return out
 
 

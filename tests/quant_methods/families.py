@@ -58,6 +58,10 @@ def qwen3_vl() -> Any:
     return Qwen3VLForConditionalGeneration(config)
 
 
+VISION = {"llava_onevision": {"vision_hidden": 64, "vision_intermediate": 128}}
+"""Widths at which vLLM builds SigLIP's MLP quantizable."""
+
+
 def save(model: Any, source: Path, folder: Path, processor: str = "") -> None:
     """Weights and config of `model` with the tokenizer and, for a vision-language model, the processor of `source`."""
     model.bfloat16().save_pretrained(folder)
@@ -84,7 +88,7 @@ def save_with_processor(family: str) -> Any:
     def write(source: Path, folder: Path) -> None:
         tokenizer = calibrated.tokenizer_of(family, source)
         text = {**TEXT, "vocab_size": len(tokenizer)}
-        model, processor = calibrated.BUILDERS[family](tokenizer, text)
+        model, processor = calibrated.BUILDERS[family](tokenizer, text, **VISION.get(family, {}))
         calibrated.set_unit_gain(model)
         save(model, source, folder)
         template = (source / "chat_template.jinja").read_text()

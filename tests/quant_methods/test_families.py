@@ -9,11 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.quant_methods.checkpoints import quantize
+from tests.quant_methods.checkpoints import quantize, quantize_parts
 from tests.quant_methods.families import NEW_NAMES, rename, write_family
 from tests.quant_methods.test_engine import EVALUATION, ask, reference_logprobs
 from vlmq_serve.calibrate.chats import read_chats
 from vlmq_serve.evaluate.loading import load_model
+from vlmq_serve.format.headers import quantized_modules, read_tensor_index
+from vlmq_serve.format.names import part_of_model
 
 pytestmark = pytest.mark.serve
 TOLERANCE = 2e-3  # float32
@@ -29,13 +31,18 @@ def test_text_models_give_the_logprobs_of_transformers(
     check_text(engine(checkpoint, limit_mm_per_prompt=None), load_model(checkpoint, torch.float32))
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl"])
+@pytest.mark.parametrize(
+    ("family", "tower"),
+    [("qwen2_5_vl", "w4g32"), ("qwen3_vl", "w8g32"), ("llava_onevision", "w4g32"), ("internvl", None)],
+)
 def test_vision_language_models_give_the_logprobs_of_transformers(
-    family: str, tiny_model: Path, tmp_path: Path, engine: Any
+    family: str, tower: str | None, tiny_model: Path, tmp_path: Path, engine: Any
 ) -> None:
-    """About images and on text alone."""
+    """Decoder, head and, where vLLM builds it quantizable, vision tower quantized; about images and on text alone."""
     source = write_family(family, tiny_model, tmp_path / "source")
-    checkpoint = quantize(source, tmp_path / "w3", "w3g32")
+    checkpoint = quantize_parts(source, tmp_path / "w3", "w3g32", lm_head="w8", vision=tower)
+    kinds = {part_of_model(name) for name in quantized_modules(read_tensor_index(checkpoint))}
+    assert kinds == {"decoder", "lm_head", *(["vision"] if tower else [])}
     llm, model = engine(checkpoint), load_model(checkpoint, torch.float32)
     check_images(llm, model, checkpoint)
     check_text(llm, model)

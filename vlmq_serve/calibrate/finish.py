@@ -54,7 +54,9 @@ def finish_run(run: Run, layers: list[LayerResult], started: float) -> RunReport
     )
     write_report(report_folder, report)
     with _Replacing(run.out, run.overwrite):
-        write_checkpoint(run.plan.source, run.out, run.work.packed(), spec, report_folder, run.work.all_changed())
+        tied = {linear.name: linear.tied_to for linear in run.plan.quantized if linear.tied_to}
+        changed = run.work.all_changed()
+        write_checkpoint(run.plan.source, run.out, run.work.packed(), spec, report_folder, changed, tied)
     run.work.remove()
     run.progress.advance()
     return report

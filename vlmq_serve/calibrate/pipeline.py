@@ -9,6 +9,7 @@ from torch import nn
 from vlmq_serve.calibrate.cross_entropy import AnswerGradients
 from vlmq_serve.calibrate.data import CalibrationData, SampleFeed, load_data
 from vlmq_serve.calibrate.finish import finish_run
+from vlmq_serve.calibrate.head import quantize_head
 from vlmq_serve.calibrate.layer import quantize_layer, restore_layer
 from vlmq_serve.calibrate.loading import choose_device, choose_dtype, hash_weights, load_model, load_processor
 from vlmq_serve.calibrate.percentiles import find_blocks, search_percentiles
@@ -21,6 +22,7 @@ from vlmq_serve.calibrate.run import Run
 from vlmq_serve.calibrate.signals import LayerSignals, layer_signals
 from vlmq_serve.calibrate.streams import Streams, capture_streams
 from vlmq_serve.calibrate.vision_clipping import VISION_SAMPLES, simulate_vision
+from vlmq_serve.calibrate.vision_rounding import quantize_vision
 from vlmq_serve.calibrate.work import WorkFolder
 from vlmq_serve.format.errors import VLMQError
 
@@ -86,6 +88,7 @@ def _calibrate(run: Run, data: CalibrationData) -> list[LayerResult]:
     started = perf_counter()
     model = load_model(run.plan.source, dtype)
     adapter.check_config(model.config)
+    rounded = quantize_vision(model, run.plan, run.work if run.resume else None) if run.plan.vision else None
     feed = SampleFeed(
         load_processor(run.plan.source),
         data,
@@ -109,7 +112,16 @@ def _calibrate(run: Run, data: CalibrationData) -> list[LayerResult]:
     model.to("cpu")
     run.seconds["capture"] = perf_counter() - started
     _describe_data(run, data, feed, streams)
-    return _run_layers(run, layers, streams, gradients)
+    run.work.prepare(run.resume)
+    parts: list[LayerResult] = []
+    if rounded is not None:
+        run.work.store(*rounded)
+        parts.append(rounded[0])
+    results = _run_layers(run, layers, streams, gradients)
+    if run.plan.head is not None:
+        norm = adapter.decoder(model).get_submodule("norm")
+        parts.append(quantize_head(run.plan.head, norm, run.plan, streams, run.work))
+    return results + parts
 
 
 def _describe_data(run: Run, data: CalibrationData, feed: SampleFeed, streams: Streams) -> None:
@@ -138,7 +150,6 @@ def _describe_data(run: Run, data: CalibrationData, feed: SampleFeed, streams: S
 def _run_layers(
     run: Run, layers: nn.ModuleList, streams: Streams, gradients: AnswerGradients | None
 ) -> list[LayerResult]:
-    run.work.prepare(run.resume)
     results = run.work.finished()
     if results:
         run.note(f"resumed after {len(results)} of {run.plan.layers} layers")

@@ -1,55 +1,35 @@
 """What a calibration will do, from config.json and safetensors headers alone."""
 
-from dataclasses import dataclass
+import posixpath
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-
-import torch
+from typing import Literal
 
 from vlmq_serve.calibrate.families import find_adapter
 from vlmq_serve.calibrate.families.adapter import ModelAdapter
+from vlmq_serve.calibrate.linear_plan import LinearPlan, plan_linear
 from vlmq_serve.calibrate.loading import choose_device, choose_dtype, resolve_model
-from vlmq_serve.calibrate.recipe import Recipe
+from vlmq_serve.calibrate.parts import left_alone, plan_head, plan_vision
+from vlmq_serve.calibrate.recipe import Recipe, override_of
 from vlmq_serve.calibrate.sources import taps_of
 from vlmq_serve.format.config import QuantizationSpec
 from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.format.headers import TensorInfo, read_json, read_tensor_index
-from vlmq_serve.format.names import is_under
-from vlmq_serve.format.scheme import Scheme
-from vlmq_serve.format.weight import tensor_shapes
+from vlmq_serve.format.names import is_under, part_of_model
 
-SCALE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _ASSUMED_TOKENS = 512
 _RUNTIME_BYTES = 600 * 2**20  # Python with torch and transformers, measured
-_ITEM_BYTES = {"qweight": 4, "zeros": 1}
-
-
-@dataclass(frozen=True)
-class LinearPlan:
-    """One decoder linear: `name` as in the source's files, `local` within its layer; scheme None: left as it is."""
-
-    name: str
-    layer: int
-    local: str
-    shape: tuple[int, int]
-    dtype: torch.dtype
-    scheme: Scheme | None
-
-    @property
-    def bytes_before(self) -> int:
-        return self.shape[0] * self.shape[1] * self.dtype.itemsize
-
-    @property
-    def bytes_after(self) -> int:
-        if self.scheme is None:
-            return self.bytes_before
-        shapes = tensor_shapes(self.scheme, *self.shape)
-        return sum(n * k * _ITEM_BYTES.get(suffix, self.dtype.itemsize) for suffix, (n, k) in shapes.items())
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Layers, linears, schemes, and bytes on disk before and after; nothing has been touched yet."""
+    """Layers, linears, schemes, and bytes on disk before and after; nothing has been touched yet.
+
+    `linears` are those of the decoder, `vision` and `head` what else is quantized. The overrides and the ignore list of
+    `recipe` are complete: they give every linear its scheme.
+    """
 
     source: Path
     adapter: ModelAdapter
@@ -58,14 +38,20 @@ class Plan:
     layers: int
     layer_prefix: str
     bytes_before: int
+    vision: tuple[LinearPlan, ...] = ()
+    head: LinearPlan | None = None
+
+    @property
+    def all_linears(self) -> tuple[LinearPlan, ...]:
+        return (*self.linears, *self.vision, *([self.head] if self.head else ()))
 
     @property
     def quantized(self) -> tuple[LinearPlan, ...]:
-        return tuple(linear for linear in self.linears if linear.scheme is not None)
+        return tuple(linear for linear in self.all_linears if linear.scheme is not None)
 
     @property
     def bytes_after(self) -> int:
-        return self.bytes_before - sum(linear.bytes_before - linear.bytes_after for linear in self.linears)
+        return self.bytes_before - sum(linear.bytes_before - linear.bytes_after for linear in self.all_linears)
 
     def tensor_name(self, layer: int, local: str) -> str:
         """Name in the source's files of a layer's own tensor."""
@@ -107,28 +93,63 @@ def make_plan(model: str | Path, recipe: Recipe) -> Plan:
     """Check model and recipe against each other; every misfit is one `VLMQError`."""
     source = resolve_model(model)
     adapter = find_adapter(source)
-    if recipe.ignore is None:
-        recipe = recipe.model_copy(update={"ignore": adapter.left_alone})
-    if "quantization_config" in read_json(source / "config.json"):
+    config = read_json(source / "config.json")
+    recipe = recipe.model_copy(update={"ignore": left_alone(recipe, adapter)})
+    if "quantization_config" in config:
         raise VLMQError(f"{source}: is quantized already (quantization_config in config.json); give the original model")
     tensors = read_tensor_index(source)
     prefix = adapter.source_prefix(tensors)
-    spec = make_spec(recipe, {})
+    _refuse_experts(tensors, prefix)
     layers = 0
     while f"{prefix}.{layers}.{adapter.linears[0]}.weight" in tensors:
         layers += 1
-    linears = tuple(
-        _plan_linear(tensors, f"{prefix}.{layer}.{local}", layer, local, spec)
-        for layer in range(layers)
-        for local in adapter.linears
-    )
-    _check_names(recipe, [linear.name for linear in linears], tensors)
+    spec = make_spec(recipe, {})
+    names = [(f"{prefix}.{layer}.{local}", layer, local) for layer in range(layers) for local in adapter.linears]
+    linears = tuple(plan_linear(tensors, *name, spec.scheme_for(name[0]), recipe.unfit) for name in names)
+    vision = plan_vision(tensors, adapter, recipe, config, layers)
+    head = plan_head(tensors, prefix, recipe, config, layers + 1)
+    _check_names(recipe, [linear.name for linear in (*linears, *vision)], tensors)
     _check_weighted(recipe, adapter)
-    spec.check_fused(linear.name for linear in linears)
-    plan = Plan(source, adapter, recipe, linears, layers, prefix, sum(t.nbytes for t in tensors.values()))
-    if not plan.quantized:
+    total = sum(t.nbytes for t in tensors.values())
+    plan = Plan(source, adapter, recipe, linears, layers, prefix, total, vision, head)
+    if not any(linear.scheme for linear in linears):
         raise VLMQError(f"ignore: {list(recipe.ignore or ())} leaves no decoder linear to quantize; remove entries")
+    plan = replace(plan, recipe=pin_schemes(recipe, plan.all_linears))
+    make_spec(plan.recipe, {}).check_fused(linear.name for linear in plan.all_linears)
     return plan
+
+
+def pin_schemes(recipe: Recipe, linears: Sequence[LinearPlan]) -> Recipe:
+    """`recipe` with overrides and ignored names added until it gives every linear the scheme of its plan."""
+    ignore, overrides = list(recipe.ignore or ()), dict(recipe.overrides)
+    parts: tuple[Literal["vision", "lm_head"], ...] = ("vision", "lm_head")
+    for part in parts:
+        scheme = recipe.part_scheme(part)
+        chosen = [linear.name for linear in linears if linear.scheme and part_of_model(linear.name) == part]
+        if scheme and chosen:
+            # One entry for most of the part; the spec decides by the longest that fits.
+            overrides.setdefault(_common_parent(chosen), override_of(scheme))
+    pinned = recipe.model_copy(update={"overrides": overrides})
+    spec = make_spec(pinned, {})
+    for linear in linears:
+        if linear.scheme is None and spec.scheme_for(linear.name) is not None:
+            ignore.append(linear.name)
+        elif linear.scheme is not None and spec.scheme_for(linear.name) != linear.scheme:
+            overrides[linear.name] = override_of(linear.scheme)
+    return recipe.model_copy(update={"overrides": overrides, "ignore": tuple(ignore)})
+
+
+def _common_parent(names: Sequence[str]) -> str:
+    """The longest module name that all of `names` lie below; the name itself where there is only one."""
+    return posixpath.commonpath([name.replace(".", "/") for name in names]).replace("/", ".")
+
+
+def _refuse_experts(tensors: Mapping[str, TensorInfo], prefix: str) -> None:
+    found = next((name for name in tensors if name.startswith(f"{prefix}.") and ".experts." in name), None)
+    if found is not None:
+        raise VLMQError(
+            f"{found}: got mixture-of-experts weights, vlmq quantizes dense linear layers; use a dense model"
+        )
 
 
 def make_spec(recipe: Recipe, hashes: dict[str, str], producer: str = "unknown") -> QuantizationSpec:
@@ -141,29 +162,12 @@ def make_spec(recipe: Recipe, hashes: dict[str, str], producer: str = "unknown")
     )
 
 
-def _plan_linear(
-    tensors: dict[str, TensorInfo], name: str, layer: int, local: str, spec: QuantizationSpec
-) -> LinearPlan:
-    info = tensors.get(f"{name}.weight")
-    if info is None:
-        raise VLMQError(f"{name}.weight: not among the model's tensors; the checkpoint is incomplete")
-    if info.dtype not in SCALE_DTYPES or len(info.shape) != 2:
-        raise VLMQError(f"{name}.weight: got {info.dtype} {info.shape}, allowed 2-d {sorted(SCALE_DTYPES)}")
-    scheme = spec.scheme_for(name)
-    if scheme is not None:
-        try:
-            scheme.num_groups(info.shape[1])
-        except VLMQError as error:
-            raise VLMQError(f"{name}: {error}") from None
-    return LinearPlan(name, layer, local, (info.shape[0], info.shape[1]), SCALE_DTYPES[info.dtype], scheme)
-
-
 def _check_names(recipe: Recipe, linears: list[str], tensors: dict[str, TensorInfo]) -> None:
     """A misspelt module name must not pass as one that fits nothing."""
     for entry in recipe.overrides:
         if not any(is_under(name, entry) for name in linears):
             raise VLMQError(
-                f"overrides: {entry!r} fits no decoder linear; names look like {linears[0]!r} or 'down_proj'"
+                f"overrides: {entry!r} fits no linear that is quantized; names look like {linears[0]!r} or 'down_proj'"
             )
     for entry in recipe.ignore or ():
         # lm_head has no tensor of its own where it is tied to the embeddings.

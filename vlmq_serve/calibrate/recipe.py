@@ -45,6 +45,17 @@ class Recipe(BaseModel):
     overrides: dict[str, SchemeOverride] = Field(
         default_factory=dict, description="other schemes by module name; leading parents may be left out: down_proj"
     )
+    lm_head: str | None = Field(
+        None, description="scheme of the head, such as w8g128 or w8 (own group size); default: left as it is"
+    )
+    vision: str | None = Field(
+        None, description="scheme of the vision tower's linears, rounded to nearest; default: left as they are"
+    )
+    unfit: Literal["error", "ignore", "group"] = Field(
+        "error",
+        description="linears whose inputs the group size does not divide: an error (in the vision tower: left alone), "
+        "left alone, or the next smaller group that fits",
+    )
     ignore: tuple[str, ...] | None = Field(
         None, description="modules left as they are; default: the vision tower, what joins it to the decoder, lm_head"
     )
@@ -139,6 +150,16 @@ class Recipe(BaseModel):
             for name, entry in self.overrides.items()
         }
 
+    def part_scheme(self, part: Literal["lm_head", "vision"]) -> Scheme | None:
+        """Scheme of the head or of the vision tower; None where it is left as it is."""
+        text: str | None = getattr(self, part)
+        if text is None:
+            return None
+        try:
+            return Scheme.parse(text if "g" in text else f"{text}g{self.group_size}")
+        except VLMQError as error:
+            raise VLMQError(f"{part}: {error}") from None
+
     @model_validator(mode="after")
     def _check_base(self) -> "Recipe":
         allowed = _BASES.get(self.method, ("auto",))
@@ -216,8 +237,14 @@ def load_recipe(path: Path, **settings: Any) -> Recipe:
         raise VLMQError(f"{path}: {error}") from None
 
 
+def override_of(scheme: Scheme) -> SchemeOverride:
+    """The override that leads to `scheme`, whatever the recipe says."""
+    return SchemeOverride(bits=scheme.bits, group_size=scheme.group_size, symmetric=scheme.symmetric)
+
+
 def _checked(recipe: Recipe) -> Recipe:
-    _ = recipe.scheme, recipe.override_schemes, recipe.activations
+    parts = recipe.part_scheme("lm_head"), recipe.part_scheme("vision")
+    _ = recipe.scheme, recipe.override_schemes, recipe.activations, parts
     return recipe
 
 

@@ -55,15 +55,20 @@ class WorkFolder:
     def finished(self) -> list[LayerResult]:
         """Results of the layers done, from the first layer without a gap."""
         results: list[LayerResult] = []
-        while self._record(len(results)).exists():
-            results.append(LayerResult.from_dict(read_json(self._record(len(results)))))
+        while len(results) < self._plan.layers and (record := self.record(len(results))) is not None:
+            results.append(record)
         return results
+
+    def record(self, index: int) -> LayerResult | None:
+        """Result stored under `index`: a decoder layer, or behind them the vision tower or the head."""
+        path = self._record(index)
+        return LayerResult.from_dict(read_json(path)) if path.exists() else None
 
     def store(
         self,
         result: LayerResult,
         packed: Mapping[str, PackedWeight],
-        saliency: Mapping[int, Tensor],
+        saliency: Mapping[int, Tensor] | None = None,
         changed: Mapping[str, Tensor] | None = None,
         inputs: Mapping[str, Tensor] | None = None,
     ) -> None:
@@ -78,7 +83,8 @@ class WorkFolder:
         _save(tensors, self._weights(result.index))
         _save(changed or {}, self._changed(result.index))
         _save(inputs or {}, self._inputs(result.index))
-        _save({str(index): weights.contiguous() for index, weights in saliency.items()}, self._saliency(result.index))
+        kept = {str(index): weights.contiguous() for index, weights in (saliency or {}).items()}
+        _save(kept, self._saliency(result.index))
         write_json(self._record(result.index), result.to_dict())
 
     def saliency(self) -> list[dict[int, Tensor]]:

@@ -1,5 +1,7 @@
 """`vlmq calibrate`: a model folder and chats with images in, a packed checkpoint out."""
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,8 +10,10 @@ from rich.table import Table
 
 from vlmq_serve.cli.console import RichProgress, hide_loading_bars, human_bytes, one_line_errors, out
 from vlmq_serve.format.errors import VLMQError
+from vlmq_serve.format.names import kind_of
 
 if TYPE_CHECKING:
+    from vlmq_serve.calibrate.linear_plan import LinearPlan
     from vlmq_serve.calibrate.plan import Plan
     from vlmq_serve.calibrate.recipe import Recipe
     from vlmq_serve.calibrate.report import RunReport
@@ -24,6 +28,15 @@ def calibrate(
     bits: Annotated[int | None, typer.Option(help="2, 3, 4 (default) or 8.")] = None,
     group_size: Annotated[int | None, typer.Option(help="32, 64, 128 (default), or -1 for whole rows.")] = None,
     symmetric: Annotated[bool | None, typer.Option(help="Fixed zero point instead of one per group.")] = None,
+    lm_head: Annotated[
+        str | None, typer.Option("--lm-head", help="Quantize the head: w8g128, w4g64, w8 (own group size).")
+    ] = None,
+    vision: Annotated[
+        str | None, typer.Option(help="Quantize the vision tower: w8g64, w4, rounded to nearest.")
+    ] = None,
+    unfit: Annotated[
+        str | None, typer.Option(help="Linears that the group size does not divide: error, ignore or group (smaller).")
+    ] = None,
     samples: Annotated[int | None, typer.Option(help="Chats drawn from the data file (default 512).")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the draw (default 0).")] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML file with all settings; options win over it.")] = None,
@@ -43,13 +56,16 @@ def calibrate(
     Example: vlmq calibrate Qwen/Qwen2-VL-2B-Instruct -o qwen2vl-vlmq-w4 --data chats.jsonl
 
     Example: vlmq calibrate ./model -o out --data chats.jsonl --bits 3 --group-size 64 --dry-run
+
+    Example: vlmq calibrate ./model -o out --data chats.jsonl --bits 3 --lm-head w8 --vision w8g64
     """
     from vlmq_serve.calibrate.pipeline import calibrate as run
     from vlmq_serve.calibrate.plan import make_plan
     from vlmq_serve.calibrate.recipe import load_recipe, make_recipe
 
     given = {"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric}
-    settings: dict[str, Any] = {**given, "samples": samples, "seed": seed, "save_saliency": save_saliency}
+    parts = {"lm_head": lm_head, "vision": vision, "unfit": unfit}
+    settings: dict[str, Any] = {**given, **parts, "samples": samples, "seed": seed, "save_saliency": save_saliency}
     settings = {key: value for key, value in settings.items() if value is not None}
     chosen = load_recipe(recipe, **settings) if recipe else make_recipe(**settings)
     if chosen.needs_data and data is None:
@@ -65,15 +81,14 @@ def calibrate(
 
 
 def _plan_table(plan: "Plan", recipe: "Recipe", output: Path, data: Path | None) -> Table:
-    schemes: dict[str, int] = {}
-    for linear in plan.quantized:
-        schemes[str(linear.scheme)] = schemes.get(str(linear.scheme), 0) + 1
     table = Table(title="Plan", title_justify="left", show_header=False)
     rows = {
         "model": f"{plan.source} ({plan.adapter.model_type}, {plan.layers} decoder layers)",
         "method": recipe.method,
-        "linears": ", ".join(f"{count} at {scheme}" for scheme, count in schemes.items()),
-        "left alone": ", ".join(plan.recipe.ignore or ()) or "-",
+        "linears": _schemes_and_sizes(plan.linears),
+        "vision": _schemes_and_sizes(plan.vision),
+        "lm_head": _schemes_and_sizes([plan.head] if plan.head else []),
+        "left alone": "\n".join(_left_alone(plan)) or "-",
         "data": f"{data}, up to {recipe.samples} chats" if recipe.needs_data else "not needed",
         "size": f"{human_bytes(plan.bytes_before)} -> {human_bytes(plan.bytes_after)}",
         "memory": f"about {human_bytes(plan.estimated_bytes)}",
@@ -82,6 +97,24 @@ def _plan_table(plan: "Plan", recipe: "Recipe", output: Path, data: Path | None)
     for key, value in rows.items():
         table.add_row(key, value)
     return table
+
+
+def _schemes_and_sizes(linears: "Sequence[LinearPlan]") -> str:
+    chosen = [linear for linear in linears if linear.scheme is not None]
+    if not chosen:
+        return "left as it is"
+    counts = Counter(str(linear.scheme) for linear in chosen)
+    before, after = (sum(getattr(linear, f"bytes_{when}") for linear in chosen) for when in ("before", "after"))
+    sizes = f"{human_bytes(before)} -> {human_bytes(after)}" if before else f"{human_bytes(after)} more, untied"
+    return f"{', '.join(f'{count} at {scheme}' for scheme, count in counts.items())}: {sizes}"
+
+
+def _left_alone(plan: "Plan") -> list[str]:
+    """Entries of the ignore list; linears that do not fit come by kind, with the reason."""
+    reasons = {linear.name: linear.reason for linear in plan.all_linears if linear.reason}
+    kinds = Counter((kind_of(name), reason) for name, reason in reasons.items())
+    lines = [name for name in plan.recipe.ignore or () if name not in reasons]
+    return lines + [f"{kind} ({count}): {reason}" for (kind, reason), count in kinds.items()]
 
 
 def _print_report(report: "RunReport") -> None:

@@ -6,6 +6,22 @@ FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
+VISION_PARTS = ("visual", "vision_tower", "vision_model")
+"""A part of the name of everything in a vision tower."""
+HEAD = "lm_head"
+
+
+def part_of_model(name: str) -> str:
+    """Where the linear `name` belongs: `vision`, `lm_head` or `decoder`."""
+    parts = name.split(".")
+    if any(part in VISION_PARTS for part in parts):
+        return "vision"
+    return HEAD if parts[-1] == HEAD else "decoder"
+
+
+def kind_of(name: str) -> str:
+    """The name without its numbers: linears of one kind have one shape."""
+    return ".".join(part for part in name.split(".") if not part.isdigit())
 
 
 def fused_members(prefix: str) -> list[str]:

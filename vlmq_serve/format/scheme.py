@@ -1,7 +1,7 @@
 """How one linear layer is quantized: bits, group size, symmetry."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vlmq_serve.format.errors import VLMQError
 
@@ -74,6 +74,13 @@ class Scheme:
                 f"use one of {[*fits, -1]} for this layer"
             )
         return in_features // group
+
+    def fitted(self, in_features: int) -> "Scheme | None":
+        """This scheme with the largest group, not above its own, that divides K; None where 32 does not divide K."""
+        if in_features % CODES_PER_BLOCK:
+            return None
+        groups = [g for g in ALLOWED_GROUP_SIZES if 0 < g <= self.group_size and in_features % g == 0]
+        return replace(self, group_size=max(groups)) if groups else self
 
     def packed_words(self, in_features: int) -> int:
         """int32 words of one packed row."""

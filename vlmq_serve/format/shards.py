@@ -24,6 +24,7 @@ from vlmq_serve.format.headers import (
     read_tensor_index,
     shard_files,
 )
+from vlmq_serve.format.names import HEAD, part_of_model
 from vlmq_serve.format.weight import PackedWeight
 
 # Other forms of the same weights: copying them would ship the unquantized model along.
@@ -51,11 +52,14 @@ def write_checkpoint(
     spec: QuantizationSpec,
     report: Path | None = None,
     changed: Mapping[str, torch.Tensor] | None = None,
+    tied: Mapping[str, str] | None = None,
 ) -> None:
     """Write `out` as a copy of the model folder `source` with the weights of `packed` replaced.
 
     `changed` holds dense tensors that take the place of the source's by full name: norms and biases into which a
-    method has folded scales. They are stored in the dtype of the source.
+    method has folded scales. They are stored in the dtype of the source. `tied` maps a packed head that the source
+    lacks to the embeddings that it was made from, which stay as they are. With a packed head, config.json says that
+    nothing is tied.
 
     `packed` maps linear names as they stand in the source (`X` for the tensor `X.weight`); it may load lazily, one
     shard's worth is held at a time. Files other than weights and config.json are copied byte for byte; a `report`
@@ -64,7 +68,7 @@ def write_checkpoint(
     """
     tensors = read_tensor_index(source)
     config = read_json(source / "config.json")
-    _check_request(source, out, packed, spec, tensors, config)
+    _check_request(source, out, packed, spec, tensors, config, tied or {})
     _check_changed(source, changed or {}, tensors)
     staging = out.with_name(out.name + ".writing")
     shutil.rmtree(staging, ignore_errors=True)
@@ -73,12 +77,14 @@ def write_checkpoint(
         _copy_other_files(source, staging)
         weight_map: dict[str, str] = {}
         total = sum(
-            _write_shard(path, staging / path.name, packed, changed or {}, weight_map) for path in shard_files(source)
+            _write_shard(path, staging / path.name, packed, changed or {}, tied or {}, weight_map)
+            for path in shard_files(source)
         )
         if (source / INDEX_FILE).exists():
             _write_json(staging / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
         hashed = replace(spec, hashes={**spec.hashes, NAMES_HASH: hash_names(weight_map)})
-        _write_json(staging / "config.json", {**config, "quantization_config": hashed.to_dict()})
+        plain = _untied(config) if any(part_of_model(name) == HEAD for name in packed) else config
+        _write_json(staging / "config.json", {**plain, "quantization_config": hashed.to_dict()})
         if report is not None:
             shutil.copytree(report, staging / _REPORT_FOLDER)
         os.rename(staging, out)
@@ -94,12 +100,13 @@ def _check_request(
     spec: QuantizationSpec,
     tensors: Mapping[str, TensorInfo],
     config: Mapping[str, object],
+    tied: Mapping[str, str],
 ) -> None:
     if out.exists():
         raise VLMQError(f"{out}: exists already; choose another output folder or remove it first")
     if "quantization_config" in config:
         raise VLMQError(f"{source}: is quantized already (quantization_config in config.json); give the original model")
-    unknown = [name for name in packed if f"{name}.weight" not in tensors]
+    unknown = [name for name in packed if tied.get(name, f"{name}.weight") not in tensors]
     if unknown:
         raise VLMQError(f"{source}: has no weight for {len(unknown)} quantized linears, first {unknown[0]!r}")
     mismatched = [name for name in packed if spec.scheme_for(name) is None]
@@ -137,26 +144,34 @@ def _write_shard(
     target: Path,
     packed: Mapping[str, PackedWeight],
     changed: Mapping[str, torch.Tensor],
+    tied: Mapping[str, str],
     weight_map: dict[str, str],
 ) -> int:
     """Write one shard and note its tensors in `weight_map`; returns the bytes of its tensors."""
     infos, metadata = read_header(path)
     tensors: dict[str, torch.Tensor] = {}
+    made_from = {tied.get(name, f"{name}.weight"): name for name in packed}
     with safe_open(path, framework="pt") as shard:
         for key in infos:
-            name = key.removesuffix(".weight")
-            if key.endswith(".weight") and name in packed:
-                weight = packed[name]
+            if key in made_from:
+                weight = packed[made_from[key]]
                 if infos[key].shape != weight.shape:
                     raise VLMQError(f"{key}: source shape {infos[key].shape}, quantized shape {weight.shape}")
-                tensors.update(weight.tensors(name))
-            else:
+                tensors.update(weight.tensors(made_from[key]))
+            if key not in made_from or made_from[key] in tied:
                 tensors[key] = shard.get_tensor(key)
                 if key in changed:
                     tensors[key] = changed[key].to(tensors[key].dtype)
     save_file(tensors, target, metadata or {"format": "pt"})
     weight_map.update(dict.fromkeys(tensors, target.name))
     return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _untied(config: Mapping[str, object]) -> dict[str, object]:
+    """`config` for a head of its own; vLLM and transformers read the flag in both places."""
+    text = config.get("text_config")
+    nested = {"text_config": {**text, "tie_word_embeddings": False}} if isinstance(text, Mapping) else {}
+    return {**config, **nested, "tie_word_embeddings": False}
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:

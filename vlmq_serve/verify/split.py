@@ -6,6 +6,7 @@ from typing import Any
 from vlmq_serve.format.config import QuantizationSpec
 from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.format.headers import TensorInfo, quantized_modules
+from vlmq_serve.format.names import kind_of, part_of_model
 from vlmq_serve.format.scheme import WORD_BITS
 from vlmq_serve.quant_methods.loading import check_split
 
@@ -14,7 +15,6 @@ ROW_PARALLEL = ("o_proj", "down_proj", "out_proj", "fc2", "proj", "linear_fc2", 
 """Last parts of the names of the layers that vLLM cuts along K; all others are cut between output rows."""
 SHARED = ("k_proj", "v_proj", "lm_head")
 """k and v are copied where there are fewer heads than ranks; the vocabulary is padded to what divides."""
-VISION_PARTS = ("visual", "vision_tower", "vision_model")
 
 
 def split_problems(
@@ -24,17 +24,12 @@ def split_problems(
     problems = _head_problems(config, ranks)
     seen: set[str] = set()
     for module in quantized_modules(tensors):
-        kind = _kind(module)
+        kind = kind_of(module)
         problem = None if kind in seen else _layer_problem(module, tensors[f"{module}.qweight"].shape, spec, ranks)
         if problem is not None:
             seen.add(kind)
             problems.append(problem)
     return problems
-
-
-def _kind(module: str) -> str:
-    """The name without its numbers: layers of one kind have one shape."""
-    return ".".join(part for part in module.split(".") if not part.isdigit())
 
 
 def _head_problems(config: Mapping[str, Any], ranks: int) -> list[str]:
@@ -52,7 +47,7 @@ def _head_problems(config: Mapping[str, Any], ranks: int) -> list[str]:
 def _layer_problem(module: str, packed: tuple[int, ...], spec: QuantizationSpec, ranks: int) -> str | None:
     scheme = spec.scheme_for(module)
     # vLLM cuts a language layer always and a vision layer unless --mm-encoder-tp-mode data is given.
-    if scheme is None or any(part in VISION_PARTS for part in module.split(".")):
+    if scheme is None or part_of_model(module) == "vision":
         return None
     rows, columns = packed[0], packed[1] * WORD_BITS // scheme.bits
     if not _ends_with(module, ROW_PARALLEL):

@@ -45,6 +45,8 @@ class ModelAdapter:
     a decoder layer. `left_alone` are the modules that are not quantized unless a recipe says otherwise. `check_config`
     raises `VLMQError` on variants that the family's code does not cover. `behind_layer(index, hidden, inputs)` is what
     happens between a layer and the next, with the keyword arguments `decoder_inputs` of the module around the layers.
+    `source_vision` are the prefixes that the tower may have in safetensors files; `vision_linears`, patterns below it,
+    what vLLM builds quantizable; `vision_refusal(vision_config, local)` why it does not in a certain model.
     """
 
     model_type: str
@@ -58,6 +60,9 @@ class ModelAdapter:
     image_token_id: Callable[[Any], int]
     merge_size: Callable[[Any], int]
     check_config: Callable[[Any], None]
+    source_vision: tuple[str, ...] = ()
+    vision_linears: tuple[str, ...] = ()
+    vision_refusal: Callable[[Mapping[str, Any], str], str | None] = lambda config, local: None
     decoder_inputs: tuple[str, ...] = ()
     behind_layer: BehindLayer | None = None
 

@@ -23,4 +23,6 @@ INTERNVL = replace(
     model_type="internvl",
     merge_size=lambda config: round(1 / config.downsample_ratio),
     check_config=_check_config,
+    vision_linears=(),  # vLLM builds InternViT and the projector without a quantization method
+    vision_refusal=lambda config, local: None,
 )

@@ -4,4 +4,8 @@ from dataclasses import replace
 
 from vlmq_serve.calibrate.families.qwen2_vl import QWEN2_VL
 
-QWEN2_5_VL = replace(QWEN2_VL, model_type="qwen2_5_vl")
+QWEN2_5_VL = replace(
+    QWEN2_VL,
+    model_type="qwen2_5_vl",
+    vision_linears=("blocks.*.attn.qkv", "blocks.*.attn.proj", "blocks.*.mlp.*_proj", "merger.mlp.[02]"),
+)

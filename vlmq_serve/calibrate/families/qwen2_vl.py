@@ -26,4 +26,6 @@ QWEN2_VL = ModelAdapter(
     image_token_id=lambda config: int(config.image_token_id),
     merge_size=lambda config: int(config.vision_config.spatial_merge_size),
     check_config=check_full_attention,
+    source_vision=("model.visual", "visual"),
+    vision_linears=("blocks.*.attn.qkv", "blocks.*.attn.proj", "blocks.*.mlp.fc[12]", "merger.mlp.[02]"),
 )

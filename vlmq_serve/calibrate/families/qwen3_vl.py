@@ -26,6 +26,13 @@ QWEN3_VL = replace(
     model_type="qwen3_vl",
     source_layers=("model.language_model.layers",),
     check_config=lambda config: None,
+    vision_linears=(
+        "blocks.*.attn.qkv",
+        "blocks.*.attn.proj",
+        "blocks.*.mlp.linear_fc[12]",
+        "merger.linear_fc[12]",
+        "deepstack_merger_list.*.linear_fc[12]",
+    ),
     decoder_inputs=(_MASK, _FEATURES),
     behind_layer=add_inner_features,
 )

@@ -1,0 +1,194 @@
+"""What is quantized beside the decoder layers: the head and the vision tower; and linears that no group fits."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.calibrate.test_families import make_model  # noqa: F401  # a fixture
+from vlmq_serve.calibrate.pipeline import calibrate
+from vlmq_serve.calibrate.plan import make_plan
+from vlmq_serve.calibrate.recipe import make_recipe
+from vlmq_serve.evaluate.loading import load_model
+from vlmq_serve.format.config import QuantizationSpec
+from vlmq_serve.format.errors import VLMQError
+from vlmq_serve.format.scheme import Scheme
+
+BOTH = {"bits": 3, "group_size": 32, "lm_head": "w8", "vision": "w8g32", "device": "cpu"}
+
+
+def spec_of(folder):
+    return QuantizationSpec.from_dict(json.loads((folder / "config.json").read_text())["quantization_config"])
+
+
+@pytest.fixture(scope="module")
+def calibrated(tiny_model, data_file, tmp_path_factory):
+    """By VLMQ with a head and a tower of 8 bits."""
+    out = tmp_path_factory.mktemp("parts") / "out"
+    return out, calibrate(tiny_model, out, data_file, make_recipe(samples=8, **BOTH))
+
+
+def test_a_tied_head_gets_a_weight_of_its_own_and_the_embeddings_stay(tiny_model, calibrated):
+    out, _ = calibrated
+    config, tensors = json.loads((out / "config.json").read_text()), load_file(out / "model.safetensors")
+    assert config["tie_word_embeddings"] is False
+    assert config["text_config"]["tie_word_embeddings"] is False
+    name = next(key for key in tensors if key.endswith("embed_tokens.weight"))
+    assert torch.equal(tensors[name], load_file(tiny_model / "model.safetensors")[name])
+    head = load_model(out).lm_head.weight
+    assert torch.allclose(head, tensors[name].float(), atol=0.1 * float(tensors[name].abs().max()))
+
+
+def test_the_report_has_the_tower_and_the_head(calibrated):
+    _, report = calibrated
+    assert [layer.index for layer in report.layers] == [0, 1, 2, 3, 4]
+    vision, head = report.layers[3:]
+    assert {row.scheme for row in vision.linears} == {"w8g32"}
+    assert max(row.weight_error for row in vision.linears) < 1e-4
+    assert head.linears[0].name == "lm_head"
+    assert 0 < head.linears[0].errors["all"] < 1e-4
+
+
+def test_the_head_is_solved_on_the_hidden_states_that_reach_it(tiny_model, data_file, tmp_path):
+    """At 3 bits rounding to nearest must be worse on these inputs than GPTQ."""
+    folder = tmp_path / "gptq"
+    settings = {"bits": 8, "group_size": 32, "lm_head": "w3g32", "samples": 8, "device": "cpu"}
+    report = calibrate(tiny_model, folder, data_file, make_recipe(method="gptq", **settings))
+    rounded = calibrate(tiny_model, tmp_path / "rtn", None, make_recipe(method="rtn", **settings))
+    ours, theirs = report.layers[-1].linears[0], rounded.layers[-1].linears[0]
+    assert ours.weight_error > theirs.weight_error
+    wanted, embeddings = load_model(tiny_model), "model.language_model.embed_tokens"
+    plain, hidden = wanted.get_submodule(embeddings).weight.detach(), states(wanted, tiny_model, data_file)
+    heads = [load_model(path).lm_head.weight.detach() for path in (folder, tmp_path / "rtn")]
+    errors = [float((hidden @ (head - plain).T).square().sum()) for head in heads]
+    assert errors[0] < errors[1]
+
+
+@torch.no_grad()
+def states(model, folder, data_file):
+    """What enters the head for the text tokens of some samples."""
+    from tests.calibrate.test_families import samples_of
+    from vlmq_serve.calibrate.samples import VISION
+
+    seen = []
+    model.model.language_model.norm.register_forward_hook(lambda _, __, output: seen.append(output[0]))
+    samples = samples_of(folder, data_file, 8)
+    for sample in samples:
+        model(**sample.inputs, use_cache=False)
+    return torch.cat([h[s.modality != VISION] for h, s in zip(seen, samples, strict=True)])
+
+
+def test_the_decoder_is_calibrated_on_the_quantized_tower(tiny_model, data_file, tmp_path):
+    """A tower of 2 bits changes what the first layer sees, so its codes cannot be those below a plain tower."""
+    settings = {"method": "gptq", "bits": 3, "group_size": 32, "samples": 8, "device": "cpu"}
+    for name, vision in (("plain", None), ("w2", "w2g32")):
+        calibrate(tiny_model, tmp_path / name, data_file, make_recipe(vision=vision, **settings))
+    codes = [load_file(tmp_path / name / "model.safetensors") for name in ("plain", "w2")]
+    key = next(key for key in codes[0] if key.endswith("layers.0.self_attn.q_proj.qweight"))
+    assert not torch.equal(codes[0][key], codes[1][key])
+
+
+def test_an_interrupted_run_goes_on_with_its_tower(tiny_model, data_file, tmp_path, calibrated):
+    from vlmq_serve.calibrate.progress import SilentProgress
+
+    class Stopping(SilentProgress):
+        def advance(self, detail=""):
+            if detail.startswith("layer 1"):
+                raise KeyboardInterrupt
+
+    recipe = make_recipe(samples=8, **BOTH)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(tiny_model, tmp_path / "out", data_file, recipe, progress=Stopping())
+    calibrate(tiny_model, tmp_path / "out", data_file, recipe, resume=True)
+    first, second = (load_file(path / "model.safetensors") for path in (calibrated[0], tmp_path / "out"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize(
+    ("family", "quantized", "plain"),
+    [
+        ("qwen2_5_vl", ["visual.blocks.0.attn.qkv", "visual.merger.mlp.2"], ["visual.blocks.0.mlp.down_proj"]),
+        ("qwen3_vl", ["visual.deepstack_merger_list.1.linear_fc1"], ["visual.pos_embed", "mlp.linear_fc2"]),
+        ("llava_onevision", ["vision_tower.encoder.layers.1.self_attn.k_proj"], ["vision_tower.encoder.layers.0.mlp"]),
+    ],
+)
+def test_towers_of_other_families(make_model, tmp_path, family, quantized, plain):  # noqa: F811
+    """48 inputs are no multiple of 32, and SigLIP's MLP is one that vLLM leaves alone at these widths."""
+    folder = make_model(family)
+    plan = make_plan(folder, make_recipe(method="rtn", bits=4, group_size=32, vision="w4g32", lm_head="w8"))
+    schemes = {linear.name: linear.scheme for linear in plan.vision}
+    for end in quantized:
+        assert any(name.endswith(end) and scheme == Scheme(4, 32) for name, scheme in schemes.items()), end
+    for part in plain:
+        found = [linear for linear in plan.vision if part in linear.name and linear.scheme is None]
+        assert found, part
+        assert all(linear.reason for linear in found)
+    calibrate(folder, tmp_path / "out", None, plan.recipe.model_copy(update={"ignore": None, "overrides": {}}))
+    spec = spec_of(tmp_path / "out")
+    for linear in plan.all_linears:
+        assert spec.scheme_for(linear.name) == linear.scheme
+    load_model(tmp_path / "out")
+
+
+def test_a_tower_that_vllm_does_not_quantize_is_refused(make_model):  # noqa: F811
+    with pytest.raises(VLMQError, match="vision: got w8g32 for 'internvl', whose vision tower vLLM builds without"):
+        make_plan(make_model("internvl"), make_recipe(method="rtn", bits=4, group_size=32, vision="w8"))
+
+
+def test_linears_that_no_group_fits(tiny_model):
+    """96 inputs of down_proj: neither 64 nor 128 divide them, 32 does."""
+    with pytest.raises(VLMQError, match=r"q_proj: group_size: got 128 for K=64.*use one of \[32, 64, -1\]"):
+        make_plan(tiny_model, make_recipe(method="rtn", group_size=128))
+    ignored = make_plan(tiny_model, make_recipe(method="rtn", group_size=64, unfit="ignore"))
+    left = {linear.local: linear.reason for linear in ignored.linears if linear.scheme is None}
+    assert left == {"mlp.down_proj": "K=96 does not fit w4g64"}
+    assert sum(name.endswith("mlp.down_proj") for name in ignored.recipe.ignore) == 3
+    smaller = make_plan(tiny_model, make_recipe(method="rtn", group_size=64, unfit="group"))
+    assert {str(linear.scheme) for linear in smaller.linears if linear.local == "mlp.down_proj"} == {"w4g32"}
+    assert smaller.by_layer[0]["mlp.up_proj"].scheme == Scheme(4, 64)
+
+
+def test_overrides_of_the_decoder_are_not_those_of_the_tower(make_model):  # noqa: F811
+    folder = make_model("llava_onevision")
+    overrides = {"v_proj": "w8g32", "k_proj": "w8g32", "q_proj": "w8g32", "vision_tower.encoder.layers.1": "w2g32"}
+    recipe = make_recipe(method="rtn", group_size=32, vision="w4g32", overrides=overrides)
+    plan = make_plan(folder, recipe)
+    schemes = {linear.name: str(linear.scheme) for linear in plan.vision if "v_proj" in linear.name}
+    assert sorted(schemes.values()) == ["w2g32", "w4g32"]
+    assert str(plan.by_layer[0]["self_attn.v_proj"].scheme) == "w8g32"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lm_head": "w5g32"}, "lm_head: bits: got 5"),
+        ({"vision": "int4"}, "vision: scheme: got 'int4"),
+        ({"unfit": "pad"}, "unfit: got 'pad'"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(VLMQError, match=message):
+        make_recipe(**settings)
+
+
+def test_a_part_cannot_be_ignored_and_quantized(tiny_model):
+    with pytest.raises(VLMQError, match="ignore: got 'lm_head', which has a scheme of its own"):
+        make_plan(tiny_model, make_recipe(method="rtn", group_size=32, lm_head="w8", ignore=["visual", "lm_head"]))
+
+
+def test_experts_are_refused(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    prefix = next(key for key in tensors if key.endswith("layers.0.mlp.up_proj.weight")).removesuffix("up_proj.weight")
+    tensors[f"{prefix}experts.0.up_proj.weight"] = torch.zeros(32, 64)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(VLMQError, match=r"experts\.0\.up_proj\.weight: got mixture-of-experts weights"):
+        make_plan(folder, make_recipe(method="rtn", group_size=32))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "qwen3_vl_moe", "text_config": {"num_experts": 8}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(VLMQError, match="'qwen3_vl_moe' with mixture-of-experts layers"):
+        make_plan(folder, make_recipe(method="rtn", group_size=32))
