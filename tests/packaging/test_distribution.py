@@ -17,7 +17,7 @@ IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "huggingface-hub": "huggingfa
 # transformers needs these to render chat templates and to read tensors; nothing here imports them by name.
 USED_INDIRECTLY = {"jinja2"}
 # Imported inside functions that first say which extra is missing, or chosen by the extras `cpu` and `cuda`.
-OPTIONAL = {"vllm", "triton", "openai", "psutil", "matplotlib", "gemlite", "auto_round_kernel"}
+OPTIONAL = {"vllm", "triton", "openai", "psutil", "matplotlib", "gemlite"}
 
 pytestmark = pytest.mark.unit
 

@@ -7,7 +7,6 @@ import torch
 
 from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.kernels import native
-from vlmq_serve.kernels.ark import library
 from vlmq_serve.kernels.gpu import gpu_of
 from vlmq_serve.kernels.nibbles import int4_kernel_block
 from vlmq_serve.kernels.plan import AUTO, DENSE, FUSED, describe
@@ -15,12 +14,13 @@ from vlmq_serve.kernels.plan import AUTO, DENSE, FUSED, describe
 REFERENCE = "reference"
 CPU_INT4 = "cpu_int4"
 CPU_DEQUANT = "cpu_dequant"
-CPU_ARK = "cpu_ark"
 CPU_INT16 = "cpu_int16"
 TRITON = "triton"
 TRITON_KINDS = {TRITON: AUTO, "triton_fused": FUSED, "triton_dense": DENSE}
 """Paths on the plane layout: by M, or one half of the family forced."""
-PATHS = (REFERENCE, CPU_INT16, CPU_ARK, CPU_INT4, CPU_DEQUANT, *TRITON_KINDS)
+PATHS = (REFERENCE, CPU_INT16, CPU_INT4, CPU_DEQUANT, *TRITON_KINDS)
+CPU_ORDER = (CPU_INT16, CPU_INT4, CPU_DEQUANT)
+"""By preference; the later ones serve where our own kernels could not be compiled. Measured: docs/kernels.md."""
 ENVIRONMENT = "VLMQ_KERNEL"
 FAST_BITS = (2, 3, 4)
 INT16_BITS = (*FAST_BITS, 8)
@@ -57,20 +57,8 @@ def available_paths(bits: int, dtype: torch.dtype, device: torch.device) -> tupl
 
 
 def _automatic(bits: int, dtype: torch.dtype, device: torch.device) -> str:
-    preferred = (TRITON,) if device.type == "cuda" else _cpu_order(bits, dtype)
+    preferred = (TRITON,) if device.type == "cuda" else CPU_ORDER
     return next((p for p in preferred if not _refusal(p, bits, dtype, device)), REFERENCE)
-
-
-def _cpu_order(bits: int, dtype: torch.dtype) -> tuple[str, ...]:
-    """By preference, from the measurements in docs/kernels.md: our own kernels wherever they could be compiled.
-
-    Without them, torch's int4 kernel is faster at one row of bf16, AutoRound Kernel from 16 rows on. At 4 bits both
-    take the same memory and the single row decides; at 2 and 3 bits AutoRound Kernel also halves the memory, which
-    decides but for AVX512, where its single row is too slow.
-    """
-    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    int4_first = dtype == torch.bfloat16 and (bits == 4 or wide)
-    return (CPU_INT16, *((CPU_INT4, CPU_ARK) if int4_first else (CPU_ARK, CPU_INT4)), CPU_DEQUANT)
 
 
 def _refusal(path: str, bits: int, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -89,8 +77,6 @@ def _refusal(path: str, bits: int, dtype: torch.dtype, device: torch.device) -> 
         return "it runs on CPUs"
     if path == CPU_INT16 and native.library() is None:
         return "it needs a C++ compiler and a CPU with AVX2"
-    if path == CPU_ARK and library() is None:
-        return "it needs the package auto-round-lib: pip install auto-round-lib"
     if path == CPU_INT4 and dtype != torch.bfloat16:
         return "torch's int4 kernel is fast for bfloat16 only"
     if path == CPU_INT4 and int4_kernel_block() is None:

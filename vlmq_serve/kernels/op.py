@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vlmq_serve.kernels import ark, choice, cpu, int16, reference
+from vlmq_serve.kernels import choice, cpu, int16, reference
 
 NAME = "gemm"
 SCHEMA = (
@@ -51,8 +51,6 @@ def _gemm(
         y = int16.gemm_int16(rows, qdata, scales, zeros, bits, out_features)
     elif path == choice.CPU_INT4:
         y = cpu.gemm_int4(rows, qdata, scales, zeros, out_features)
-    elif path == choice.CPU_ARK:
-        y = ark.gemm_ark(rows, qdata, bits, group_size, out_features)
     elif path == choice.CPU_DEQUANT:
         y = cpu.gemm_dequant(rows, qdata, scales, zeros, out_features)
     else:

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from vlmq_serve.format.weight import PackedWeight
 from vlmq_serve.kernels import choice, cpu, scratch
-from vlmq_serve.kernels.ark import prepare_ark
 from vlmq_serve.kernels.int16 import prepare_int16
 from vlmq_serve.kernels.nibbles import ROW_PAD, int4_kernel_block
 from vlmq_serve.kernels.op import ensure_registered
@@ -19,7 +18,7 @@ class PreparedWeight:
 
     Tensors and plain values, so that a module can hold the tensors as parameters and put the object together
     again. `zeros` is empty when the path has folded them in. `group_size` is the real one (K for a whole row).
-    Layouts: `reference` as in the checkpoint; `cpu_int4` and `cpu_dequant` see `cpu`; `cpu_ark` see `ark`;
+    Layouts: `reference` as in the checkpoint; `cpu_int4` and `cpu_dequant` see `cpu`;
     `cpu_int16` see `int16`; `triton…` see `planes`.
     """
 
@@ -70,8 +69,6 @@ def _repack(weight: PackedWeight, dtype: torch.dtype, path: str) -> tuple[Tensor
     if path == choice.CPU_INT4:
         block = int4_kernel_block()
         return cpu.prepare_int4(weight, ROW_PAD if block is None else block)
-    if path == choice.CPU_ARK:
-        return prepare_ark(weight)
     if path == choice.CPU_DEQUANT:
         return cpu.prepare_dequant(weight, ROW_PAD)
     zeros = weight.zeros

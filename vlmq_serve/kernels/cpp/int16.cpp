@@ -2,24 +2,34 @@
 //
 // x is rounded to int16 with one scale for each row and block of 32, 64 or 128 columns that share a weight scale; codes
 // are integers already; products of a block are summed in 32 bits without error and scaled in fp32. Layouts: codes.h.
+#if defined(__GNUC__) && !defined(__clang__)
+// These passes make gcc hold every sum twice, or reorder additions until the registers do not suffice.
+#pragma GCC optimize("no-tree-ch", "no-tree-reassoc", "no-tree-ter")
+#endif
 #include "codes.h"
 
 #include <cmath>
+#include <type_traits>
+#include <utility>
 
 namespace {
 
 enum Type { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 #if VLMQ_REGISTERS == 32
-constexpr int TILE_ROWS = 12;  // of x: with 2 vectors of W 24 sums, and registers left for W and x
+constexpr int FEW_ROWS = 4;       // of x, with registers for several sums each
+constexpr int FUSED_ROWS = 16;    // of x, in one call of fused()
+constexpr int FUSED_LIMIT = 256;  // rows of x up to which fused() is faster than unpacked panels: all
 #else
-constexpr int TILE_ROWS = 6;
+constexpr int FEW_ROWS = 2;
+constexpr int FUSED_ROWS = 8;
+constexpr int FUSED_LIMIT = 48;
 #endif
+constexpr int TILE_ROWS = 6;             // of x, in one call of tile(): 12 sums, and registers left for W and x
 constexpr int VECTORS = 2;               // of W, in a panel
 constexpr int PANEL = VECTORS * LANES;   // rows of W whose codes are unpacked together
 constexpr int PANEL_BYTES = 16 << 10;    // unpacked codes that stay in the first cache while all rows of x pass
 constexpr int PANEL_COLS = PANEL_BYTES / (2 * PANEL);
-constexpr int PANEL_BLOCKS = PANEL_COLS / COLS;
 constexpr int MAX_ROWS = 256;            // of x in one pass; the caller splits more
 
 struct Weight {
@@ -87,31 +97,57 @@ void store_row(int type, void* y, int64_t at, const float* from, int64_t count) 
   std::memcpy((char*)y + at * size, whole, count * size);
 }
 
-// One row of x with 16 rows of W: codes are used as they are unpacked.
-template <int BITS> void one_row(const Weight& w, const Input& in, int64_t rows16, int type, void* y, int64_t features) {
-  constexpr int HALVES = ROWS / LANES;
+// R rows of x with one block of columns of LANES rows of W, codes used as they are unpacked: y [R, ROWS] += products.
+template <int BITS, int R>
+void fused(const int32_t* words, const int32_t* x, int64_t x_stride, int inner, VI zeros, VF scales,
+           const float* x_scales, const int32_t* x_sums, float* y) {
+  std::conditional_t<(R <= FEW_ROWS), Sums<BITS, R>, Shifted<BITS, R>> s;
+  for (int i = 0; i < inner; ++i) {
+    s.block(words + i * BITS * ROWS, x + i * x_stride);
+  }
+#pragma GCC unroll 24
+  for (int r = 0; r < R; ++r) {
+    VI exact = add(s.sum(r), mul(zeros, set1(-x_sums[r])));
+    storef(y + r * ROWS, fma(to_float(exact), mulf(scales, set1f(x_scales[r])), loadf(y + r * ROWS)));
+  }
+}
+
+using Fused = void (*)(const int32_t*, const int32_t*, int64_t, int, VI, VF, const float*, const int32_t*, float*);
+template <int BITS, size_t... R> inline Fused fused_for(size_t rows, std::index_sequence<R...>) {
+  static constexpr Fused all[] = {fused<BITS, R + 1>...};
+  return all[rows - 1];
+}
+
+// All rows of x with 16 rows of W.
+template <int BITS>
+void fused_rows(const Weight& w, const Input& in, int64_t rows16, int type, void* y, int64_t features) {
   const int32_t* words = w.codes + rows16 * (w.cols / COLS) * BITS * ROWS;
   const int64_t blocks = w.cols / in.block, repeat = blocks / w.groups;
+  const int64_t tiles = (in.rows + FUSED_ROWS - 1) / FUSED_ROWS;
   const int inner = in.block / COLS;
-  VF sum[HALVES];
-  for (int v = 0; v < HALVES; ++v) sum[v] = zerof();
+  alignas(64) float out[MAX_ROWS * ROWS];
+  std::memset(out, 0, in.rows * ROWS * sizeof(float));
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t group = (rows16 * w.groups + b / repeat) * ROWS;
-    const int32_t* x = (const int32_t*)(in.codes + b * in.block);
-    for (int v = 0; v < HALVES; ++v) {
-      Sums<BITS> s;
-      for (int i = 0; i < inner; ++i) s.block(words + i * BITS * ROWS + v * LANES, x + i * PAIRS);
-      VI exact = add(s.sum(), mul(load_zeros(w, group + v * LANES), set1(-in.sums[b])));
-      sum[v] = fma(to_float(exact), mulf(load_scales(w, group + v * LANES), set1f(in.scales[b])), sum[v]);
+    const int32_t* x = (const int32_t*)(in.codes + b * in.block * in.rows);
+    for (int v = 0; v < ROWS; v += LANES) {
+      const VI zeros = load_zeros(w, group + v);
+      const VF scales = load_scales(w, group + v);
+      for (int64_t t = 0, m = 0; t < tiles; ++t) {
+        const int64_t next = in.rows * (t + 1) / tiles;
+        fused_for<BITS>(next - m, std::make_index_sequence<FUSED_ROWS>())(
+            words + v, x + m * PAIRS, in.rows * PAIRS, inner, zeros, scales, in.scales + b * in.rows + m,
+            in.sums + b * in.rows + m, out + m * ROWS + v);
+        m = next;
+      }
     }
     words += inner * BITS * ROWS;
   }
-  alignas(64) float out[ROWS];
-  for (int v = 0; v < HALVES; ++v) storef(out + v * LANES, sum[v]);
-  for (int v = 0; v < HALVES; ++v) {
-    int64_t at = rows16 * ROWS + v * LANES;
-    if (at < features) store_row(type, y, at, out + v * LANES, features - at);
-  }
+  for (int64_t m = 0; m < in.rows; ++m)
+    for (int v = 0; v < ROWS; v += LANES) {
+      int64_t at = rows16 * ROWS + v;
+      if (at < features) store_row(type, y, m * features + at, out + m * ROWS + v, features - at);
+    }
 }
 
 // Codes minus zeros of a panel's columns [first, first + count) as int16 pairs: out [count/2, PANEL].
@@ -123,48 +159,41 @@ void unpack_panel(const Weight& w, int64_t row, int64_t first, int count, int64_
     for (int c = 0; c < count; c += COLS) {
       VI z = load_zeros(w, (rows16 * w.groups + (first + c) / group_cols) * ROWS + lane);
       z = either(z, upper_half(z));
-      VI codes[PAIRS];
-      unpack<BITS>(words + c * BITS * ROWS / COLS, codes);
-      for (int p = 0; p < PAIRS; ++p) store(out + (c / 2 + p) * PANEL + v * LANES, sub16(codes[p], z));
+      unpack<BITS>(words + c * BITS * ROWS / COLS, z, out + c / 2 * PANEL + v * LANES, PANEL);
     }
   }
 }
 
-// R rows of x with one block of a panel: y [R, PANEL] += scaled integer products.
+// Rows of x with one block of a panel: y [rows, PANEL] += scaled integer products. The sums, one for each row and vector,
+// are a pack of arguments: compilers keep those in registers, and an array of them in memory.
+template <size_t... I, class... Sum>
+inline void tile(std::index_sequence<I...>, const int32_t* panel, const int32_t* x, int64_t x_stride, int inner,
+                 const VF (&scales)[VECTORS], const float* x_scales, float* y, Sum... sum) {
+  for (int i = 0; i < inner; ++i, x += x_stride)
+    for (int p = 0; p < PAIRS; ++p, panel += PANEL) {
+      const VI w[] = {load(panel), load(panel + LANES)};
+      ((sum = dot(sum, w[I % VECTORS], set1(x[I / VECTORS * PAIRS + p]))), ...);
+    }
+  (storef(y + I * LANES, fma(to_float(sum), mulf(scales[I % VECTORS], set1f(x_scales[I / VECTORS])),
+                             loadf(y + I * LANES))), ...);
+}
+template <size_t... I>
+inline void start_tile(std::index_sequence<I...> all, const int32_t* panel, const int32_t* x, int64_t x_stride,
+                       int inner, const VF (&scales)[VECTORS], const float* x_scales, float* y) {
+  tile(all, panel, x, x_stride, inner, scales, x_scales, y, ((void)I, zero())...);
+}
 template <int R>
 void tile(const int32_t* panel, const int32_t* x, int64_t x_stride, int inner, const VF (&scales)[VECTORS],
           const float* x_scales, float* y) {
-  VI sum[R][VECTORS];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < VECTORS; ++v) sum[r][v] = zero();
-  for (int i = 0; i < inner; ++i, x += x_stride)
-    for (int p = 0; p < PAIRS; ++p, panel += PANEL) {
-      VI w[VECTORS];
-      for (int v = 0; v < VECTORS; ++v) w[v] = load(panel + v * LANES);
-#pragma GCC unroll 12
-      for (int r = 0; r < R; ++r) {
-        VI pair = set1(x[r * PAIRS + p]);
-        for (int v = 0; v < VECTORS; ++v) sum[r][v] = dot(sum[r][v], w[v], pair);
-      }
-    }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < VECTORS; ++v) {
-      float* at = y + r * PANEL + v * LANES;
-      storef(at, fma(to_float(sum[r][v]), mulf(scales[v], set1f(x_scales[r])), loadf(at)));
-    }
+  start_tile(std::make_index_sequence<R * VECTORS>(), panel, x, x_stride, inner, scales, x_scales, y);
 }
 
 using Tile = void (*)(const int32_t*, const int32_t*, int64_t, int, const VF (&)[VECTORS], const float*, float*);
-#if VLMQ_REGISTERS == 32
-const Tile TILES[] = {nullptr, tile<1>, tile<2>, tile<3>, tile<4>,  tile<5>,  tile<6>,
-                      tile<7>, tile<8>, tile<9>, tile<10>, tile<11>, tile<12>};
-#else
 const Tile TILES[] = {nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>};
-#endif
 
-// All rows of x with one panel of W.
+// All rows of x with one panel of W: unpacked once, then used by every tile.
 template <int BITS>
-void many_rows(const Weight& w, const Input& in, int64_t row, int type, void* y, int64_t features) {
+void panel_rows(const Weight& w, const Input& in, int64_t row, int type, void* y, int64_t features) {
   alignas(64) int32_t panel[PANEL_BYTES / 4];
   alignas(64) float sums[MAX_ROWS * PANEL];
   std::memset(sums, 0, in.rows * PANEL * sizeof(float));
@@ -199,7 +228,8 @@ template <int BITS>
 void multiply(const Weight& w, const Input& in, const void* x, int64_t stride, int type, void* y, int64_t features,
               int threads) {
   const int64_t blocks = w.cols / in.block;
-  const int64_t step = in.rows == 1 ? ROWS : PANEL, panels = (features + step - 1) / step;
+  const bool few = in.rows <= FUSED_LIMIT;
+  const int64_t step = few ? ROWS : PANEL, panels = (features + step - 1) / step;
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for collapse(2)
@@ -211,10 +241,10 @@ void multiply(const Weight& w, const Input& in, const void* x, int64_t stride, i
         }
 #pragma omp for
     for (int64_t p = 0; p < panels; ++p) {
-      if (in.rows == 1)
-        one_row<BITS>(w, in, p, type, y, features);
+      if (few)
+        fused_rows<BITS>(w, in, p, type, y, features);
       else
-        many_rows<BITS>(w, in, p * PANEL, type, y, features);
+        panel_rows<BITS>(w, in, p * PANEL, type, y, features);
     }
   }
 }
