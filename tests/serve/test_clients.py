@@ -19,8 +19,13 @@ import pytest
 from PIL import Image
 
 from tests.quant_methods.checkpoints import quantize
+from vlmq_serve.bench.client import Client
+from vlmq_serve.bench.serving import note_start, run_load
+from vlmq_serve.bench.tables import read_rows
+from vlmq_serve.bench.variants import Load, Variant
 from vlmq_serve.calibrate.chats import read_chats
 from vlmq_serve.evaluate.server import Server, serve
+from vlmq_serve.format.errors import VLMQError
 
 pytestmark = pytest.mark.serve
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -184,6 +189,21 @@ def test_the_latency_example_times_its_requests(server: Server, tmp_path: Path) 
     assert re.fullmatch(r"time to first token, ms +p50 +[1-9][\d.]+ +p90 +[1-9][\d.]+", first)
     assert later.startswith("time per later token, ms")
     assert re.fullmatch(r"3 answers, \d+ tokens, [\d.]+ tokens/s", total)
+
+
+def test_bench_serve_measures_images_and_goes_on_after_a_failed_load(server: Server, tmp_path: Path) -> None:
+    variant = Variant("w4", server.log.parent / server.model)
+    (tmp_path / "w4").mkdir()
+    note_start(variant, server, tmp_path)
+    with Client(tmp_path / "client.log") as client:
+        with pytest.raises(VLMQError, match="0 of 1 requests answered"):
+            run_load(variant, server, Load(1, 5000, 4, requests=1), tmp_path, client)  # longer than the model allows
+        run_load(variant, server, Load(2, 16, 4, (112, 112), requests=3), tmp_path, client)
+    (row,) = read_rows(tmp_path, ["w4"])
+    assert row.load == "c2-p16-o4-i112-n3"
+    assert row.values["prompt tokens"] > 16 + 60  # the image is 64 of them
+    assert row.values["peak_mib"] > row.values["worker_mib"] > 100
+    assert all(row.values[name] > 0 for name in ("TTFT ms", "TPOT ms", "output tokens/s", "disk_mib", "kv_tokens"))
 
 
 def test_cancelled_streams_leave_room_for_others(ask: Callable) -> None:

@@ -56,16 +56,16 @@ def _serve_commands(log: Path) -> None:
         parser = FlexibleArgumentParser()
         add_cli_args(parser)
         for line in sys.stdin:
-            main(parser.parse_args(json.loads(line)))
+            outcome = "done"
+            try:
+                main(parser.parse_args(json.loads(line)))
+            except (Exception, SystemExit):
+                traceback.print_exc()
+                outcome = "failed"
             sink.flush()
-            sys.__stdout__.write("done\n")
+            sys.__stdout__.write(outcome + "\n")
             sys.__stdout__.flush()
 
 
 if __name__ == "__main__":
-    try:
-        _serve_commands(Path(sys.argv[1]))
-    except BaseException:
-        with Path(sys.argv[1]).open("a", encoding="utf-8") as sink:
-            traceback.print_exc(file=sink)
-        raise
+    _serve_commands(Path(sys.argv[1]))
