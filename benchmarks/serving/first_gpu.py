@@ -55,17 +55,23 @@ MEASURE_S, LOAD_S = 90, 25  # kept back for measuring when servers start; what o
 
 @dataclass(frozen=True)
 class Kind:
-    """A variant: its bits, and vLLM's own kernel for an exported checkpoint."""
+    """A variant: its bits, the scheme of head and vision tower, and vLLM's own kernel for an exported checkpoint."""
 
     bits: int = 16
+    parts: str = ""
     backend: str = ""
+
+    @property
+    def folder(self) -> str:
+        """Where `random_model` writes it."""
+        return "bf16" if self.bits == 16 else f"w{self.bits}-all" if self.parts else f"w{self.bits}"
 
 
 KINDS = {
-    "w4": Kind(4), "bf16": Kind(), "w3": Kind(3), "w2": Kind(2), "w4-marlin": Kind(4, "marlin"),
-    "w3-humming": Kind(3, "humming"),
+    "w4": Kind(4), "bf16": Kind(), "w3": Kind(3), "w2": Kind(2), "w4-marlin": Kind(4, backend="marlin"),
+    "w3-humming": Kind(3, backend="humming"), "w3-all": Kind(3, parts="w8"),
 }  # fmt: skip
-CPU_KINDS = {"w4": Kind(4), "bf16": Kind(), "w4-own": Kind(4, "auto")}
+CPU_KINDS = {"w4": Kind(4), "bf16": Kind(), "w4-own": Kind(4, backend="auto"), "w3-all": Kind(3, parts="w8")}
 
 
 def main() -> None:
@@ -112,9 +118,12 @@ def start_all(
     pool = stack.enter_context(ThreadPoolExecutor(3 * len(kinds)))
     for bits in sorted({kind.bits for kind in kinds.values()} - {16}, reverse=True):
         pool.submit(_check, bits, work, out, log)  # while the large models are written
-    random_model(work, size, [])
+    random_model(work, size)
     log("bf16: weights written")
-    rounded = {bits: pool.submit(random_model, work, size, [bits]) for bits in {k.bits for k in kinds.values()} - {16}}
+    rounded = {
+        folder: pool.submit(random_model, work, size, [kind.bits], kind.parts)
+        for folder, kind in {kind.folder: kind for kind in kinds.values() if kind.bits < 16}.items()
+    }
     futures = {name: pool.submit(_bring_up, name, kind, work, rounded, out, log, stack) for name, kind in kinds.items()}
     up = {}
     for name, future in futures.items():
@@ -130,11 +139,11 @@ def _check(bits: int, work: Path, out: Path, log: Log) -> None:
 
 
 def _bring_up(
-    name: str, kind: Kind, work: Path, rounded: dict[int, Future[None]], out: Path, log: Log, stack: ExitStack
+    name: str, kind: Kind, work: Path, rounded: dict[str, Future[None]], out: Path, log: Log, stack: ExitStack
 ) -> tuple[Variant, Server]:
-    folder = work / (f"w{kind.bits}" if kind.bits < 16 else "bf16")
-    if kind.bits < 16:
-        rounded[kind.bits].result()
+    folder = work / kind.folder
+    if kind.folder in rounded:
+        rounded[kind.folder].result()
         log(f"{name}: rounded")
     arguments = GPU_ARGUMENTS if torch.cuda.is_available() else CPU_ARGUMENTS
     if kind.backend:

@@ -2,10 +2,11 @@
 
     python -m benchmarks.serving.random_model OUT --size 2b
 
-Writes OUT/bf16 and, rounded to nearest, OUT/w4, OUT/w3 and OUT/w2; what is there already stays. Sizes 2b and 7b are
-those of the Hub's Qwen2-VL, vision tower included; 0.5b is Qwen2-0.5B's decoder with 32,000 words and the tiny vision
-tower of the example model, so that the decoder is most of it. Tokenizer and processor are those of the example model,
-with more words. One layer is in memory at a time.
+Writes OUT/bf16 and, rounded to nearest, OUT/w4, OUT/w3 and OUT/w2; with `--parts w8` instead OUT/w4-all and so on, with
+head and vision tower at 8 bits. What is there already stays. Sizes 2b and 7b are those of the Hub's Qwen2-VL with its
+vision tower; 0.5b is Qwen2-0.5B's decoder with 32,000 words and the tiny vision tower of the example model, so that
+the decoder is most of it. Tokenizer and processor are those of the example model, with more words. One layer is in
+memory at a time.
 """
 
 import argparse
@@ -37,15 +38,17 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--size", choices=[*SIZES], default="0.5b")
     parser.add_argument("--bits", type=int, nargs="*", default=[4, 3, 2])
+    parser.add_argument("--parts", default="", help="Scheme of head and vision tower too: w8; adds -all to the names.")
     options = parser.parse_args()
     source = options.out / "bf16"
     if not source.exists():
         write_random_model(source, SIZES[options.size])
+    parts = {"lm_head": options.parts, "vision": options.parts} if options.parts else {}
     for bits in options.bits:
-        target = options.out / f"w{bits}"
+        target = options.out / (f"w{bits}-all" if parts else f"w{bits}")
         if not target.exists():
             with RichProgress() as progress:
-                recipe = make_recipe(method="rtn", bits=bits, group_size=GROUP)
+                recipe = make_recipe(method="rtn", bits=bits, group_size=GROUP, **parts)
                 calibrate(str(source), target, None, recipe, resume=False, progress=progress)
 
 

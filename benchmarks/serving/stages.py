@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.serving.random_model import TINY
@@ -69,9 +69,10 @@ def put_vllm_on_path() -> None:
     os.environ["PATH"] = f"{script.parent}{os.pathsep}{os.environ['PATH']}"
 
 
-def random_model(folder: Path, size: str, bits: list[int]) -> None:
+def random_model(folder: Path, size: str, bits: Sequence[int] = (), parts: str = "") -> None:
     """Write FOLDER/bf16, and FOLDER/wBITS for each of `bits`, in a process whose GPU memory goes with it."""
-    _run("benchmarks.serving.random_model", str(folder), "--size", size, "--bits", *map(str, bits))
+    command = [str(folder), "--size", size, "--parts", parts, "--bits", *map(str, bits)]
+    _run("benchmarks.serving.random_model", *command)
 
 
 def check_answers(folder: Path, bits: int, questions: int, table: Path) -> str:
