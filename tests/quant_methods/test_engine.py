@@ -36,12 +36,13 @@ CASES = [
 ]
 
 
-def ask(llm: Any, processor: Any, chats: Sequence[Chat]) -> list[Any]:
-    """Greedy answers of an engine with the log-probability of every token."""
+def ask(llm: Any, processor: Any, chats: Sequence[Chat], **options: Any) -> list[Any]:
+    """Greedy answers of an engine with the log-probability of every token; `options` go to its `generate`."""
     from vllm import SamplingParams
 
     prompts = [{"prompt": render(processor, chat), "multi_modal_data": {"image": chat.images()[0]}} for chat in chats]
-    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=NEW_TOKENS, logprobs=1), use_tqdm=False)
+    params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, logprobs=1)
+    outputs = llm.generate(prompts, params, use_tqdm=False, **options)
     return [output.outputs[0] for output in outputs]
 
 

@@ -12,6 +12,10 @@ from vlmq_serve import kernels
 from vlmq_serve.format.scheme import SUFFIXES, WORD_BITS, Scheme, tensor_shapes
 from vlmq_serve.format.weight import PackedWeight
 from vlmq_serve.quant_methods.loading import UNLOADED_BYTE, UNLOADED_WORD, check_loaded, check_split, check_zeros
+from vlmq_serve.quant_methods.memory import give_back_freed_memory
+
+PREPARED = ("qweight", "vlmq_scales", "vlmq_zeros")
+"""Parameters of a layer once it is repacked. vLLM's LoRA layers look for the first name to find the device."""
 
 
 @register_weight_loader_v2_supported_method
@@ -73,7 +77,7 @@ class VLMQLinearMethod(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Check that everything was loaded, repack for the kernel of the layer's device, drop what was loaded."""
-        if not hasattr(layer, "qweight"):
+        if self.path:
             return
         tensors = {suffix: getattr(layer, suffix).data for suffix in SUFFIXES if hasattr(layer, suffix)}
         check_loaded(self.prefix, tensors, self.partitions)
@@ -82,15 +86,18 @@ class VLMQLinearMethod(LinearMethodBase):
         prepared = kernels.prepare(weight, self.params_dtype, weight.qweight.device)
         for suffix in tensors:
             delattr(layer, suffix)
-        for name in ("qdata", "scales", "zeros"):
-            layer.register_parameter(f"vlmq_{name}", Parameter(getattr(prepared, name), requires_grad=False))
+        for name, data in zip(PREPARED, (prepared.qdata, prepared.scales, prepared.zeros), strict=True):
+            layer.register_parameter(name, Parameter(data, requires_grad=False))
         self.path = prepared.path
+        device = prepared.qdata.device
+        del weight, tensors, prepared
+        give_back_freed_memory(device)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., K] times the weight transposed, plus bias: [..., N] in the dtype of x."""
         y = kernels.gemm(
             x,
-            layer.vlmq_qdata,
+            layer.qweight,
             layer.vlmq_scales,
             layer.vlmq_zeros,
             self.scheme.bits,

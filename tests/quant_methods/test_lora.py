@@ -1,0 +1,75 @@
+"""LoRA adapters on top of a quantized checkpoint give the log-probabilities of merged weights in transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.quant_methods.checkpoints import quantize
+from tests.quant_methods.test_engine import EVALUATION, ask, reference_logprobs
+from vlmq_serve.calibrate.chats import read_chats
+from vlmq_serve.evaluate.loading import load_model
+
+pytestmark = pytest.mark.serve
+RANK, ALPHA = 4, 8
+TARGETS = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TOLERANCE = 2e-3  # float32
+
+
+def write_adapter(model: Any, folder: Path) -> Path:
+    """An adapter in PEFT's form with random A and B for all `TARGETS` of `model`."""
+    folder.mkdir()
+    tensors = {}
+    for name, module in targets(model):
+        for part, shape in (("A", (RANK, module.in_features)), ("B", (module.out_features, RANK))):
+            tensors[f"base_model.model.{name}.lora_{part}.weight"] = torch.randn(shape) * 0.1
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": list(TARGETS), "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def targets(model: Any) -> list[tuple[str, Any]]:
+    return [(n, m) for n, m in model.named_modules() if "language_model" in n and n.rpartition(".")[2] in TARGETS]
+
+
+@torch.no_grad()
+def merge(model: Any, adapter: Path) -> None:
+    from safetensors.torch import load_file
+
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    for name, module in targets(model):
+        a, b = (tensors[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+        module.weight += ALPHA / RANK * b @ a
+
+
+def test_an_adapter_on_a_quantized_checkpoint_is_one_on_its_weights(
+    tiny_model: Path, tmp_path: Path, engine: Any
+) -> None:
+    from transformers import AutoProcessor
+    from vllm.lora.request import LoRARequest
+
+    checkpoint = quantize(tiny_model, tmp_path / "w3", "w3g32", {"model.layers.1": "w4g64"})
+    model = load_model(checkpoint, torch.float32)
+    adapter = write_adapter(model, tmp_path / "adapter")
+    processor, chats = AutoProcessor.from_pretrained(checkpoint), read_chats(EVALUATION)[:4]
+    llm = engine(checkpoint, enable_lora=True, max_lora_rank=8, max_loras=1)
+    adapted = ask(llm, processor, chats, lora_request=LoRARequest("adapter", 1, str(adapter)))
+    plain = ask(llm, processor, chats)
+    check(model, processor, chats, plain)
+    merge(model, adapter)
+    check(model, processor, chats, adapted)
+    assert any(a.token_ids != p.token_ids for a, p in zip(adapted, plain, strict=True))
+
+
+def check(model: Any, processor: Any, chats: list[Any], answers: list[Any]) -> None:
+    for chat, answer in zip(chats, answers, strict=True):
+        tokens = list(answer.token_ids)
+        expected = reference_logprobs(model, processor, chat, tokens)
+        for step, token in enumerate(tokens):
+            assert answer.logprobs[step][token].logprob == pytest.approx(float(expected[step, token]), abs=TOLERANCE)
