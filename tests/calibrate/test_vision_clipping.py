@@ -15,7 +15,8 @@ from vlmq_serve.calibrate.pipeline import calibrate
 from vlmq_serve.calibrate.recipe import make_recipe
 from vlmq_serve.calibrate.samples import build_samples
 from vlmq_serve.calibrate.vision import Factors, VisionSimulation, quantized_tower, vision_linears
-from vlmq_serve.calibrate.vision_clipping import jacobian_norms, learn_factors, level_entropy, vision_loss
+from vlmq_serve.calibrate.vision_clipping import learn_factors
+from vlmq_serve.calibrate.vision_loss import jacobian_norms, level_entropy, vision_loss
 from vlmq_serve.evaluate.loading import load_model
 from vlmq_serve.evaluate.simulation import load_simulated
 from vlmq_serve.format.errors import VLMQError

@@ -21,7 +21,7 @@ from vlmq_serve.calibrate.rounding import round_layers
 from vlmq_serve.calibrate.run import Run
 from vlmq_serve.calibrate.signals import LayerSignals, layer_signals
 from vlmq_serve.calibrate.streams import Streams, capture_streams
-from vlmq_serve.calibrate.vision_clipping import VISION_SAMPLES, simulate_vision
+from vlmq_serve.calibrate.vision_clipping import simulate_vision
 from vlmq_serve.calibrate.vision_rounding import quantize_vision
 from vlmq_serve.calibrate.work import WorkFolder
 from vlmq_serve.format.errors import VLMQError
@@ -105,7 +105,7 @@ def _calibrate(run: Run, data: CalibrationData) -> list[LayerResult]:
     if recipe.needs_answer_gradients:
         gradients = AnswerGradients(model, layers, adapter.linears, device)
     watch = gradients.add if gradients else None
-    tower = simulate_vision(model, adapter, feed.first(VISION_SAMPLES), recipe, device)
+    tower = simulate_vision(model, adapter, feed, recipe, device)
     if tower is not None:
         run.details["vision"] = tower.to_dict()
     streams = capture_streams(model, adapter, feed, device, recipe.batch_tokens, run.progress, watch, tower)
