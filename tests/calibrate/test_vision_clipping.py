@@ -119,7 +119,7 @@ def test_learning_lowers_the_loss_and_no_epochs_leave_the_ranges(setting):
         total = 0.0
         for sample in samples:
             inputs = batch_inputs([sample], CPU)
-            total += float(vision_loss(model, adapter, inputs, sample.modality[None], simulation, recipe))
+            total += vision_loss(model, adapter, inputs, sample.modality[None], simulation, recipe).item()
         losses.append(total)
     assert losses[1] < losses[0]
 

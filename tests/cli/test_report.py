@@ -24,7 +24,8 @@ def report(*arguments: str) -> Result:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("report") / "out"
-    calibrate(MODEL, out, DATA, make_recipe(bits=3, group_size=64, samples=4, device="cpu"))
+    recipe = make_recipe(bits=3, group_size=64, samples=4, device="cpu", lm_head="w8g64", vision="w8g32")
+    calibrate(MODEL, out, DATA, recipe)
     return out
 
 
@@ -61,7 +62,8 @@ def test_one_page_with_every_plot_and_nothing_to_fetch(run: Path, tmp_path: Path
     assert [head for head in page.heads if head in plots] == plots
     assert text.count("<svg") == len(plots)
     record = read_run(run)
-    assert len(record.linears) == 4 * 7
+    assert len(record.decoder) == 4 * 7 < len(record.linears)
+    assert len(record.layers) == 4
     assert all(row["module"] in text for row in record.linears)
     assert f"{record.run['peak_memory_mib']:.0f} MiB" in text
 

@@ -169,6 +169,8 @@ class Recipe(BaseModel):
             raise ValueError("bits: got 6, which exists for simulated activations only; use 4 or 8")
         if self.simulated_vision and (self.method != "qvlm" or self.activation_bits is None):
             raise ValueError("simulated_vision: needs method qvlm and activation_bits")
+        if self.simulated_vision and self.vision is not None:
+            raise ValueError("simulated_vision: got a scheme for `vision` as well; the tower is simulated or stored")
         return self
 
     @property

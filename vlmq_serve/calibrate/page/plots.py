@@ -61,7 +61,7 @@ def layer_errors(record: RunRecord) -> str | None:
 
 def linear_errors(record: RunRecord) -> str | None:
     """Every linear as a cell: its output error, or that of its weight where no data was seen."""
-    column = f"error_{ALL}" if any(row[f"error_{ALL}"] for row in record.linears) else "weight_error"
+    column = f"error_{ALL}" if any(row[f"error_{ALL}"] for row in record.decoder) else "weight_error"
     table = [[log10(max(v or 1e-12, 1e-12)) for v in record.series(kind, column)] for kind in record.kinds]
     if not table or len({len(row) for row in table}) != 1:
         return None

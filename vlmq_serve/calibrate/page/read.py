@@ -16,8 +16,10 @@ Row = Mapping[str, str]
 
 @dataclass(frozen=True)
 class RunRecord:
-    """`run` as in run.json; rows of layers.csv for `linears` and for whole `layers`; bytes of the checkpoint's tensors
-    by part, empty where the report lies without its checkpoint."""
+    """`run` as in run.json; rows of layers.csv for all `linears` and for the decoder's whole `layers`.
+
+    `sizes`: bytes of the checkpoint's tensors by part, empty where the report lies without its checkpoint.
+    """
 
     folder: Path
     run: Mapping[str, Any]
@@ -26,13 +28,18 @@ class RunRecord:
     sizes: Mapping[str, int]
 
     @property
+    def decoder(self) -> list[Row]:
+        """Linears of the decoder layers; the head and the vision tower have records behind theirs."""
+        return [row for row in self.linears if int(row["layer"]) < self.run["layers"]]
+
+    @property
     def kinds(self) -> list[str]:
-        """Short names of the linears of a layer, in order."""
-        return list(dict.fromkeys(row["module"].rpartition(".")[2] for row in self.linears))
+        """Short names of the linears of a decoder layer, in order."""
+        return list(dict.fromkeys(row["module"].rpartition(".")[2] for row in self.decoder))
 
     def series(self, kind: str, column: str) -> list[float | None]:
         """A column over the layers for the linears of one short name; None where it is empty."""
-        return [number(row[column]) for row in self.linears if row["module"].endswith(f".{kind}")]
+        return [number(row[column]) for row in self.decoder if row["module"].endswith(f".{kind}")]
 
 
 def number(text: str) -> float | None:
@@ -53,7 +60,7 @@ def read_run(path: Path) -> RunRecord:
     absent = {"layers", "recipe", "bytes_before", "bytes_after", "seconds"} - run.keys()
     if absent or not rows:
         raise VLMQError(f"{folder}: got a run.json without {sorted(absent)}, or an empty layers.csv; calibrate again")
-    whole = tuple(row for row in rows if row["module"] == LAYER_ROW)
+    whole = tuple(row for row in rows if row["module"] == LAYER_ROW and int(row["layer"]) < run["layers"])
     linears = tuple(row for row in rows if row["module"] != LAYER_ROW)
     return RunRecord(folder, run, linears, whole, _sizes(folder.parent))
 
