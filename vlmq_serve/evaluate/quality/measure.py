@@ -93,11 +93,12 @@ class Bench:
         """What the tables say of their data."""
         overlap = mean_overlap(variants, len(read_chats(self.calibration)))
         draws = "" if overlap is None else f" Two calibration seeds draw chats of which {overlap:.0%} are the same."
+        over = "questions, one calibration seed" if overlap is None else "questions and calibration seeds"
         chats = read_chats(self.questions)[: self.limit]
         compared = min(len(chats), self.divergence_chats)
         return [
             f"Model `{self.model.name}`, calibrated on `{self.calibration.name}`, {len(chats)} questions of "
-            f"`{self.questions.name}`, greedy answers in fp32, exact match. 95 % intervals over questions and seeds. "
+            f"`{self.questions.name}`, greedy answers in fp32, exact match. 95 % intervals over {over}. "
             f"KL to bf16: nats per token of {compared} questions with their expected answers. Seconds (median) and "
             f"peak memory (highest) of one calibration in a process of its own, {device_name()}, "
             f"{torch.get_num_threads()} threads.{draws}",
