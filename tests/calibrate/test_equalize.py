@@ -15,8 +15,8 @@ from vlmq_serve.calibrate.equalize import (
 )
 from vlmq_serve.calibrate.families.decoder import MLP
 from vlmq_serve.calibrate.families.qwen2_vl import QWEN2_VL
+from vlmq_serve.calibrate.linear_plan import LinearPlan
 from vlmq_serve.calibrate.pipeline import calibrate
-from vlmq_serve.calibrate.plan import LinearPlan
 from vlmq_serve.calibrate.recipe import make_recipe
 from vlmq_serve.calibrate.samples import ANSWER, PROMPT, VISION
 from vlmq_serve.calibrate.simulation import ActivationScheme

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.calibrate.test_families import make_model  # noqa: F401  # a fixture
 from vlmq_serve.calibrate.pipeline import calibrate
-from vlmq_serve.calibrate.plan import make_plan
+from vlmq_serve.calibrate.planning import make_plan
 from vlmq_serve.calibrate.recipe import make_recipe
 from vlmq_serve.evaluate.loading import load_model
 from vlmq_serve.format.config import QuantizationSpec

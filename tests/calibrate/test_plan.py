@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 
-from vlmq_serve.calibrate.plan import make_plan
+from vlmq_serve.calibrate.planning import make_plan
 from vlmq_serve.calibrate.recipe import make_recipe
 from vlmq_serve.format.errors import VLMQError
 

@@ -1,1 +1,1 @@
-"""Image-conditioned calibration of decoder layers; entry functions: `pipeline.calibrate`, `plan.make_plan`."""
+"""Image-conditioned calibration of decoder layers; entry functions: `pipeline.calibrate`, `planning.make_plan`."""

@@ -15,8 +15,8 @@ from vlmq_serve.calibrate.folding import Folded
 from vlmq_serve.calibrate.hessian import Statistics, StatisticsAccumulator
 from vlmq_serve.calibrate.importance import TokenImportance
 from vlmq_serve.calibrate.linear import Clipping, relative_error, solve, write_weight
+from vlmq_serve.calibrate.linear_plan import LinearPlan
 from vlmq_serve.calibrate.metrics import ErrorByModality, mean_by_modality
-from vlmq_serve.calibrate.plan import LinearPlan
 from vlmq_serve.calibrate.recipe import Recipe
 from vlmq_serve.calibrate.report import Errors, LinearResult
 from vlmq_serve.calibrate.solvers.factor import InverseFactor

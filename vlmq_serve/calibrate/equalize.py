@@ -20,7 +20,7 @@ from vlmq_serve.calibrate.activations import InputQuantizer, quantized_inputs
 from vlmq_serve.calibrate.capture import linear_input
 from vlmq_serve.calibrate.families.adapter import Producer, ResidualBlock
 from vlmq_serve.calibrate.folding import Folded, fold, producer_rows
-from vlmq_serve.calibrate.plan import LinearPlan
+from vlmq_serve.calibrate.linear_plan import LinearPlan
 from vlmq_serve.calibrate.simulation import ActivationScheme
 from vlmq_serve.calibrate.solvers.rtn import solve_rtn
 from vlmq_serve.calibrate.solvers.solution import SolverOptions

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 import vlmq_serve
-from vlmq_serve.calibrate.plan import make_spec
+from vlmq_serve.calibrate.planning import make_spec
 from vlmq_serve.calibrate.report import (
     INPUTS_FILE,
     REPORT_FOLDER,

@@ -13,7 +13,8 @@ from vlmq_serve.calibrate.block import BlockRun, advance_streams, quantize_block
 from vlmq_serve.calibrate.equalize import ChannelSearch, TokenError
 from vlmq_serve.calibrate.importance import TokenImportance
 from vlmq_serve.calibrate.linear import write_weight
-from vlmq_serve.calibrate.plan import LinearPlan, Plan
+from vlmq_serve.calibrate.linear_plan import LinearPlan
+from vlmq_serve.calibrate.plan import Plan
 from vlmq_serve.calibrate.recipe import Recipe
 from vlmq_serve.calibrate.report import Errors, LayerResult, LinearResult, peak_memory_mib
 from vlmq_serve.calibrate.signals import LayerSignals

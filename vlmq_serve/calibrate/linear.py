@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from vlmq_serve.calibrate.hessian import Statistics
-from vlmq_serve.calibrate.plan import LinearPlan
+from vlmq_serve.calibrate.linear_plan import LinearPlan
 from vlmq_serve.calibrate.recipe import Recipe
 from vlmq_serve.calibrate.solvers.factor import InverseFactor, factor_inverse
 from vlmq_serve.calibrate.solvers.gptq import solve_gptq

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from vlmq_serve.calibrate.activations import InputQuantizer, observe, quantized_inputs
 from vlmq_serve.calibrate.dependency import conditional_entropy, partition
 from vlmq_serve.calibrate.linear import Clipping
-from vlmq_serve.calibrate.plan import LinearPlan, Plan
+from vlmq_serve.calibrate.linear_plan import LinearPlan
+from vlmq_serve.calibrate.plan import Plan
 from vlmq_serve.calibrate.solvers.rtn import solve_rtn
 from vlmq_serve.calibrate.solvers.solution import SolverOptions
 from vlmq_serve.calibrate.streams import StreamItem, Streams

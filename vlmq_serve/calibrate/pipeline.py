@@ -13,7 +13,8 @@ from vlmq_serve.calibrate.head import quantize_head
 from vlmq_serve.calibrate.layer import quantize_layer, restore_layer
 from vlmq_serve.calibrate.loading import choose_device, choose_dtype, hash_weights, load_model, load_processor
 from vlmq_serve.calibrate.percentiles import find_blocks, search_percentiles
-from vlmq_serve.calibrate.plan import Plan, make_plan
+from vlmq_serve.calibrate.plan import Plan
+from vlmq_serve.calibrate.planning import make_plan
 from vlmq_serve.calibrate.progress import Progress, SilentProgress
 from vlmq_serve.calibrate.recipe import Recipe
 from vlmq_serve.calibrate.report import REPORT_FOLDER, RUN_FILE, LayerResult, RunReport

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from vlmq_serve.calibrate.capture import linear_input
 from vlmq_serve.calibrate.families.adapter import BlockForward, ModelAdapter
 from vlmq_serve.calibrate.importance import TokenImportance, local_gradients
-from vlmq_serve.calibrate.recipe import ImportanceSource, Recipe
+from vlmq_serve.calibrate.recipe import Recipe
+from vlmq_serve.calibrate.settings import ImportanceSource
 from vlmq_serve.calibrate.streams import Streams
 
 Gradients = Mapping[str, Sequence[Tensor]]

@@ -3,14 +3,14 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vlmq_serve.calibrate.packed_layers import PackedLayers
 from vlmq_serve.calibrate.plan import Plan
 from vlmq_serve.calibrate.report import LayerResult, write_json
 from vlmq_serve.format.errors import VLMQError
@@ -111,7 +111,7 @@ class WorkFolder:
         layers = range(self._plan.layers)
         return {f"{i}.{name}": value for i in layers for name, value in self.inputs(i).items()}
 
-    def packed(self) -> "PackedLayers":
+    def packed(self) -> PackedLayers:
         return PackedLayers(self._plan, self._weights)
 
     def remove(self) -> None:
@@ -131,32 +131,6 @@ class WorkFolder:
 
     def _saliency(self, index: int) -> Path:
         return self.path / f"layer-{index:03d}.saliency.safetensors"
-
-
-class PackedLayers(Mapping[str, PackedWeight]):
-    """Packed weights of all quantized linears by name, read from the work folder when asked for."""
-
-    def __init__(self, plan: Plan, path_of: Callable[[int], Path]) -> None:
-        self._linears = {linear.name: linear for linear in plan.quantized}
-        self._path_of = path_of
-
-    def __len__(self) -> int:
-        return len(self._linears)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._linears)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._linears
-
-    def __getitem__(self, name: str) -> PackedWeight:
-        linear = self._linears[name]
-        scheme = linear.scheme
-        if scheme is None:
-            raise KeyError(name)
-        with safe_open(self._path_of(linear.layer), framework="pt") as file:
-            zeros = None if scheme.symmetric else file.get_tensor(f"{name}.zeros")
-            return PackedWeight(file.get_tensor(f"{name}.qweight"), file.get_tensor(f"{name}.scales"), zeros, scheme)
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -60,7 +60,7 @@ def calibrate(
     Example: vlmq calibrate ./model -o out --data chats.jsonl --bits 3 --lm-head w8 --vision w8g64
     """
     from vlmq_serve.calibrate.pipeline import calibrate as run
-    from vlmq_serve.calibrate.plan import make_plan
+    from vlmq_serve.calibrate.planning import make_plan
     from vlmq_serve.calibrate.recipe import load_recipe, make_recipe
 
     given = {"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric}

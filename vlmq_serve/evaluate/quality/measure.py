@@ -19,7 +19,7 @@ from vlmq_serve.calibrate.chats import Chat, read_chats
 from vlmq_serve.calibrate.families import find_adapter
 from vlmq_serve.calibrate.loading import hash_weights, load_processor
 from vlmq_serve.calibrate.pipeline import calibrate
-from vlmq_serve.calibrate.plan import make_plan
+from vlmq_serve.calibrate.planning import make_plan
 from vlmq_serve.calibrate.progress import Progress
 from vlmq_serve.calibrate.recipe import Recipe
 from vlmq_serve.calibrate.report import write_json
