@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.quant_methods.checkpoints import quantize
 from tests.quant_methods.test_engine import EVALUATION, ask
@@ -26,6 +27,7 @@ BASE = {
     "mm_processor_cache_gb": 0,
 }
 TOLERANCE = 2e-3  # float32; sums run in another order
+FP8_TOLERANCE = 0.5
 # Group 32, because half of the 192 inputs of o_proj does not divide by 64; mixed widths go through every layout.
 MIXED = {"model.layers.1.mlp": "w2g32s", "model.layers.2.self_attn": "w4g32"}
 # Every feature with the arguments that switch it on.
@@ -98,3 +100,17 @@ def test_the_answers_are_those_of_one_eager_rank(feature: str, checkpoint: Path,
     for (tokens, logprobs), (expected, expected_logprobs) in zip(answers, plain_answers, strict=True):
         assert tokens == expected
         assert logprobs == pytest.approx(expected_logprobs, abs=TOLERANCE)
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="vLLM's fp8 KV cache on a CPU needs AVX-512 or AMX")
+def test_an_fp8_kv_cache_changes_the_answers_little(checkpoint: Path, plain_answers: Answers) -> None:
+    """The cache rounds to three bits of mantissa: other log-probabilities, the same words but for close calls."""
+    with closing_engine(checkpoint, kv_cache_dtype="fp8") as llm:
+        assert llm.llm_engine.vllm_config.cache_config.cache_dtype == "fp8"
+        answers = answers_of(llm, checkpoint)
+    first = [(tokens[0] == expected[0], logprobs[0] - wanted[0]) for (tokens, logprobs), (expected, wanted) in
+             zip(answers, plain_answers, strict=True)]  # fmt: skip
+    assert sum(same for same, _ in first) >= len(first) - 2
+    errors = [abs(error) for same, error in first if same]
+    assert max(errors) < FP8_TOLERANCE
+    assert max(errors) > TOLERANCE  # or the cache was not in fp8

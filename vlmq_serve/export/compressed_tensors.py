@@ -35,16 +35,18 @@ from vlmq_serve.format.headers import (
     read_tensor_index,
     shard_files,
 )
+from vlmq_serve.format.names import HEAD, part_of_model
 from vlmq_serve.format.packing import pack_codes
 from vlmq_serve.format.scheme import CODES_PER_BLOCK, WORD_BITS, Scheme
 
 _REPORT_FOLDER = "vlmq"
+_HEAD_TARGET = f"re:.*{HEAD}"
 
 
 def export_compressed_tensors(source: Path, out: Path) -> None:
     """Write `out` from the vlmq checkpoint `source`; nothing is left of `out` when it fails.
 
-    Raises `VLMQError` for a faulty checkpoint, for more than one scheme, and for rows that do not fill packed words.
+    Raises `VLMQError` for a faulty checkpoint and for rows that do not fill packed words.
     """
     config = read_json(source / "config.json")
     spec, tensors = _read(source, config)
@@ -56,7 +58,7 @@ def export_compressed_tensors(source: Path, out: Path) -> None:
         shutil.copytree(source, staging, ignore=shutil.ignore_patterns("*.safetensors", _REPORT_FOLDER, ".*"))
         weight_map: dict[str, str] = {}
         for path in shard_files(source):
-            converted = _convert_shard(path, spec.scheme)
+            converted = _convert_shard(path, spec)
             save_file(converted, staging / path.name, {"format": "pt"})
             weight_map.update(dict.fromkeys(converted, path.name))
         if (source / INDEX_FILE).exists():
@@ -77,12 +79,9 @@ def _read(source: Path, config: Mapping[str, Any]) -> tuple[QuantizationSpec, di
     if problems:
         raise VLMQError(f"{source}: {problems[0]}; `vlmq verify` lists everything")
     modules = quantized_modules(tensors)
-    schemes = sorted({str(spec.scheme_for(module)) for module in modules})
-    if len(schemes) > 1:
-        raise VLMQError(f"{source}: got the schemes {schemes}; the export takes checkpoints with one scheme only")
     for module in modules:
-        rows = tensors[f"{module}.qweight"].shape[0]
-        if rows % CODES_PER_BLOCK and not spec.scheme.symmetric:
+        rows, scheme = tensors[f"{module}.qweight"].shape[0], spec.scheme_for(module)
+        if rows % CODES_PER_BLOCK and scheme is not None and not scheme.symmetric:
             raise VLMQError(
                 f"{module}: {rows} rows do not divide by {CODES_PER_BLOCK}, so packed zero points do not fit; "
                 "calibrate with --symmetric, or serve the checkpoint with vlmq"
@@ -91,25 +90,47 @@ def _read(source: Path, config: Mapping[str, Any]) -> tuple[QuantizationSpec, di
 
 
 def quantization_config(spec: QuantizationSpec, tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
-    """The `quantization_config` of compressed-tensors. Every plain linear is named in `ignore`: none can be missed."""
-    scheme = spec.scheme
-    weights = {
-        "num_bits": scheme.bits,
-        "type": "int",
-        "symmetric": scheme.symmetric,
-        "strategy": "channel" if scheme.group_size == -1 else "group",
-        "group_size": None if scheme.group_size == -1 else scheme.group_size,
-        "dynamic": False,
-    }
+    """The `quantization_config` of compressed-tensors: one group per scheme.
+
+    The commonest scheme is that of every `Linear` which no other group names and `ignore` does not hold. Every plain
+    linear is named in `ignore`: none can be missed.
+    """
+    modules = quantized_modules(tensors)
+    by_scheme: dict[Scheme, list[str]] = {}
+    for module in modules:
+        scheme = spec.scheme_for(module)
+        assert scheme is not None  # the checkpoint was checked
+        by_scheme.setdefault(scheme, []).append(module)
+    common = max(by_scheme, key=lambda scheme: len(by_scheme[scheme]))
+    groups = {}
+    for index, (scheme, members) in enumerate(by_scheme.items()):
+        targets = ["Linear"] if scheme == common else [_target(name) for name in members]
+        groups[f"group_{index}"] = {"targets": targets, "weights": _weights(scheme)}
     plain = [n.removesuffix(".weight") for n, i in tensors.items() if n.endswith(".weight") and len(i.shape) > 1]
-    packed = set(quantized_modules(tensors))
-    head = [] if any(name.rpartition(".")[2] == "lm_head" for name in packed) else ["re:.*lm_head"]
+    head = [] if any(part_of_model(name) == HEAD for name in modules) else [_HEAD_TARGET]
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-        "ignore": [*sorted(set(plain) - packed), *head],
+        "config_groups": groups,
+        "ignore": [*sorted(set(plain) - set(modules)), *head],
+    }
+
+
+def _target(name: str) -> str:
+    """vLLM maps names with a dot to its own, so the head, which has none in most models, is an expression."""
+    return _HEAD_TARGET if part_of_model(name) == HEAD else name
+
+
+def _weights(scheme: Scheme) -> dict[str, Any]:
+    whole_row = scheme.group_size == -1
+    return {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": "channel" if whole_row else "group",
+        "group_size": None if whole_row else scheme.group_size,
+        "dynamic": False,
     }
 
 
@@ -127,7 +148,7 @@ def convert_linear(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> 
     return converted
 
 
-def _convert_shard(path: Path, scheme: Scheme) -> dict[str, Tensor]:
+def _convert_shard(path: Path, spec: QuantizationSpec) -> dict[str, Tensor]:
     infos, _ = read_header(path)
     packed = set(quantized_modules(infos))
     converted: dict[str, Tensor] = {}
@@ -141,6 +162,8 @@ def _convert_shard(path: Path, scheme: Scheme) -> dict[str, Tensor]:
             else:
                 converted[key] = shard.get_tensor(key)
     for module, tensors in linears.items():
+        scheme = spec.scheme_for(module)
+        assert scheme is not None  # the checkpoint was checked
         converted.update(convert_linear(module, tensors, scheme))
     return converted
 
