@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
-from tests.quant_methods.checkpoints import edit_config, quantize
+from tests.quant_methods.checkpoints import edit_config, quantize, quantize_parts
 from vlmq_serve.cli import app
 from vlmq_serve.verify.vllm_rules import check_with_vllm
 
@@ -76,6 +76,15 @@ def tie_head(folder: Path) -> None:
     edit_config(folder, hashes={}, ignore=["model.visual"])
 
 
+def add_experts(folder: Path) -> None:
+    """A mixture-of-experts layer that config.json does not ignore."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.experts.0.up_proj.weight"] = torch.zeros(512, 192)
+    save_file(tensors, path, {"format": "pt"})
+    edit_config(folder, hashes={})
+
+
 DAMAGES = [
     pytest.param(edit("scales", lambda t: t[3, 1].fill_(float("nan"))), "got 1 values that are not finite", id="nan"),
     pytest.param(edit("scales", lambda t: t[0].neg_()), "expected positive ones", id="negative-scale"),
@@ -88,6 +97,7 @@ DAMAGES = [
     pytest.param(lambda f: (f / "preprocessor_config.json").unlink(), "image processor: found none", id="processor"),
     pytest.param(lambda f: edit_config(f, bits=5), "bits: got 5, allowed", id="bits"),
     pytest.param(tie_head, "lm_head: is quantized, but tie_word_embeddings is true in config.json and", id="tied-head"),
+    pytest.param(add_experts, r"experts\.0\.up_proj: got mixture-of-experts weights", id="experts"),
     pytest.param(
         lambda f: edit_config(f, overrides={"layers.9": {"bits": 2, "group_size": 32, "symmetric": False}}),
         r"overrides: 'layers\.9' fits no quantized linear",
@@ -145,6 +155,16 @@ def test_vllm_opens_a_sound_checkpoint_on_two_ranks(checkpoint: Path) -> None:
         "3 is not divisible by 2" in line and "--mm-encoder-tp-mode data" in line for line in lines(result, "note")
     )
     assert any("opened by vLLM on 2 ranks" in line for line in lines(result, "ok"))
+
+
+@pytest.mark.serve
+def test_vllm_opens_a_checkpoint_with_head_and_tower(tmp_path: Path) -> None:
+    checkpoint = quantize_parts(MODEL, tmp_path / "all", "w3g64", lm_head="w8", vision="w4", unfit="group")
+    result = verify(checkpoint)
+    assert result.exit_code == 0, result.output
+    (opened,) = [line for line in lines(result, "ok") if "opened by vLLM" in line]
+    # Four decoder layers of four fused linears, three vision layers of four, two of the merger, and the head.
+    assert "31 of them packed weights" in opened
 
 
 @pytest.mark.serve

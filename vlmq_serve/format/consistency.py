@@ -9,6 +9,7 @@ from vlmq_serve.format.headers import TensorInfo, quantized_modules
 from vlmq_serve.format.names import fused_groups, is_under
 
 FLOATS = ("BF16", "F16", "F32")
+EXPERTS = ".experts."
 DTYPES = {"qweight": ("I32",), "scales": FLOATS, "zeros": ("U8",)}
 
 
@@ -23,6 +24,7 @@ def config_problems(tensors: Mapping[str, TensorInfo], spec: QuantizationSpec, c
         *_fused(tensors, modules, spec),
         *_unused(tensors, modules, spec),
         *_tied_head(modules, config),
+        *_experts(tensors, spec),
     ]
 
 
@@ -86,3 +88,15 @@ def _tied_head(modules: list[str], config: Mapping[str, Any]) -> list[str]:
         f"{heads[0]}: is quantized, but tie_word_embeddings is true in {' and '.join(tied)}, so vLLM would use the "
         "embeddings instead; write tie_word_embeddings false in both places"
     ]
+
+
+def _experts(tensors: Mapping[str, TensorInfo], spec: QuantizationSpec) -> list[str]:
+    """Experts that the config quantizes: vLLM would ask for them, and no method of ours multiplies with them."""
+    for tensor in tensors:
+        module = tensor.rpartition(".")[0]
+        if EXPERTS in f".{module}." and spec.scheme_for(module) is not None:
+            return [
+                f"{module}: got mixture-of-experts weights, vlmq quantizes dense linear layers; add the experts to "
+                "`ignore` and calibrate again, or use a dense model"
+            ]
+    return []
