@@ -26,7 +26,10 @@ from vlmq_serve.evaluate.loading import load_model
 from vlmq_serve.evaluate.server import serve
 
 ROOT = Path(__file__).resolve().parents[2]
-BOUNDS = ("--max-model-len", "1024", "--max-num-seqs", "8", "--kv-cache-memory-bytes", "67108864", "--enforce-eager")
+BOUNDS = (
+    "--max-model-len", "1024", "--max-num-seqs", "8", "--kv-cache-memory-bytes", "67108864", "--enforce-eager",
+    "--gpu-memory-utilization", "0.1",  # vLLM refuses to start where less than this is free, however small the model
+)  # fmt: skip
 Tokens = list[tuple[str, float]]
 """Text and log-probability of each answer token, without the end token."""
 
