@@ -32,3 +32,12 @@ def test_every_combination_once_and_rounding_for_one_seed_only():
 def test_own_settings_win_over_shared_ones():
     variants = Selection(["gptq", "gptq:samples=8"], ["w3g64"], [0], {"samples": 64}).variants()
     assert [v.recipe.samples for v in variants if v.recipe] == [64, 8]
+
+
+def test_schemes_with_simulated_activations():
+    (variant,) = Selection(["tlq"], ["w4g64a8"], [0]).variants()[1:]
+    assert variant.recipe is not None
+    assert (str(variant.recipe.scheme), variant.recipe.activation_bits) == ("w4g64", 8)
+    assert variant.name == "tlq-w4g64a8-seed0"
+    with pytest.raises(VLMQError, match="exists for simulated activations only"):
+        Selection(["rtn"], ["w6g64"], [0]).variants()
