@@ -14,7 +14,7 @@ from torch.nn.functional import linear as dense
 from tests.kernels.weights import exact_weight, random_weight, relative_error
 from vlmq_serve.format.weight import PackedWeight
 from vlmq_serve.kernels import linear, native, prepare
-from vlmq_serve.kernels.int16 import gemm_int16, prepare_int16
+from vlmq_serve.kernels.int16 import DENSE_ROWS, gemm_dense, gemm_int16, prepare_int16
 
 pytestmark = [
     pytest.mark.unit,
@@ -56,6 +56,21 @@ def test_matches_float64(isa: str, bits: int, group: int, symmetric: bool) -> No
                 plain = relative_error(dense(x, exact.to(dtype)), expected)
                 if dtype != FP32 and rows * count >= 1000:
                     assert error <= 1.1 * plain, (rows, cols, count, dtype)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_dequantized_weights_for_amx(isa: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What serves many rows on a CPU with AMX is the dense product of weights that were rounded once, in parts."""
+    monkeypatch.setattr("vlmq_serve.kernels.int16.DENSE_BYTES", 2 * 384 * 32)
+    for group, symmetric in ((32, False), (64, True), (-1, False)):
+        weight = random_weight(100, 384, bits, group, symmetric)
+        x, prepared = normal(DENSE_ROWS, 384, BF16), prepare_int16(weight)
+        y = gemm_dense(x, *prepared, bits, 100, isa)
+        expected = dense(x.double(), weight.dequantize(BF16).double())
+        assert y.is_contiguous()
+        assert relative_error(y, expected) <= LIMIT[BF16]
+        monkeypatch.setattr("vlmq_serve.kernels.int16.native.cpu_flags", lambda: {"amx_bf16"})
+        assert torch.equal(gemm_int16(x, *prepared, bits, 100, isa), y)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])

@@ -13,6 +13,10 @@ from vlmq_serve.kernels import native
 BLOCK_ROWS = 16
 ROW_PAD = 32
 """Two blocks: what one pass of the widest instruction set covers."""
+DENSE_ROWS = 64
+"""Rows of bf16 x from which dequantized weights and torch's product serve, on CPUs with AMX only: its peak is several
+times that of our kernels. By arithmetic, not measured."""
+DENSE_BYTES = 8 << 20
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -49,6 +53,8 @@ def gemm_int16(
     x: Tensor, qdata: Tensor, scales: Tensor, zeros: Tensor, bits: int, out_features: int, isa: str | None = None
 ) -> Tensor:
     """x [M, K] of any float type to [M, N] in the same type; `isa` forces one of `native.supported_isas`."""
+    if x.dtype == torch.bfloat16 and x.shape[0] >= DENSE_ROWS and "amx_bf16" in native.cpu_flags():
+        return gemm_dense(x, qdata, scales, zeros, bits, out_features, isa)
     library = _loaded(isa)
     if x.stride(1) != 1:
         x = x.contiguous()
@@ -56,11 +62,34 @@ def gemm_int16(
     y = torch.empty((rows, out_features), dtype=x.dtype, device=x.device)
     step = min(rows, library.vlmq_int16_max_rows())
     scratch = torch.empty(library.vlmq_int16_scratch(step, cols), dtype=torch.uint8, device=x.device)
+    weight = _arguments(cols, qdata, scales, zeros, bits)
     for start in range(0, rows, step):
         part, out = x[start : start + step], y[start : start + step]
         library.vlmq_int16_gemm(
-            part.data_ptr(), x.stride(0), _TYPES[x.dtype], part.shape[0], qdata.data_ptr(), scales.data_ptr(),
-            _TYPES[scales.dtype], zeros.data_ptr() if zeros.numel() else None, bits, cols, scales.shape[1],
-            out_features, out.data_ptr(), scratch.data_ptr(), torch.get_num_threads(),
+            part.data_ptr(), x.stride(0), _TYPES[x.dtype], part.shape[0], *weight, out_features, out.data_ptr(),
+            scratch.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
     return y
+
+
+def gemm_dense(
+    x: Tensor, qdata: Tensor, scales: Tensor, zeros: Tensor, bits: int, out_features: int, isa: str | None = None
+) -> Tensor:
+    """bf16 x [M, K] to [M, N] through bf16 weights in bounded parts and torch's product, which AMX makes fast."""
+    library, cols, total = _loaded(isa), x.shape[1], qdata.shape[0]
+    weight = _arguments(cols, qdata, scales, zeros, bits)
+    step = min(total, max(1, DENSE_BYTES // (2 * cols * BLOCK_ROWS)))
+    y = torch.empty((x.shape[0], total * BLOCK_ROWS), dtype=x.dtype, device=x.device)
+    scratch = torch.empty(cols * step * BLOCK_ROWS, dtype=torch.bfloat16, device=x.device)
+    for start in range(0, total, step):
+        count = min(step, total - start)
+        part = scratch[: cols * count * BLOCK_ROWS].view(cols, count * BLOCK_ROWS)
+        library.vlmq_int16_dequantize(*weight, start, count, part.data_ptr(), torch.get_num_threads())
+        y[:, start * BLOCK_ROWS : (start + count) * BLOCK_ROWS] = torch.mm(x, part)
+    return y if y.shape[1] == out_features else y[:, :out_features].contiguous()
+
+
+def _arguments(cols: int, qdata: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> tuple[int | None, ...]:
+    """A prepared weight as the C functions take it."""
+    zeros_at = zeros.data_ptr() if zeros.numel() else None
+    return (qdata.data_ptr(), scales.data_ptr(), _TYPES[scales.dtype], zeros_at, bits, cols, scales.shape[1])

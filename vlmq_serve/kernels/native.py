@@ -36,13 +36,19 @@ logger = logging.getLogger(__name__)
 
 
 @lru_cache(maxsize=1)
-def supported_isas() -> tuple[str, ...]:
-    """Names in `ISA_FLAGS` that this CPU has and torch uses (ATEN_CPU_CAPABILITY can forbid AVX512), worst first."""
+def cpu_flags() -> frozenset[str]:
+    """Features of the CPU by Linux's names, for example `avx512_vnni`; empty where /proc/cpuinfo does not say."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return ()
-    flags = next((set(line.split()) for line in text.splitlines() if line.startswith("flags")), set())
+        return frozenset()
+    return next((frozenset(line.split()) for line in text.splitlines() if line.startswith("flags")), frozenset())
+
+
+@lru_cache(maxsize=1)
+def supported_isas() -> tuple[str, ...]:
+    """Names in `ISA_FLAGS` that this CPU has and torch uses (ATEN_CPU_CAPABILITY can forbid AVX512), worst first."""
+    flags = cpu_flags()
     capability = torch.backends.cpu.get_cpu_capability()
     wide = capability.startswith("AVX512")
     usable = ("AVX2",) if capability == "AVX2" else ()
@@ -126,6 +132,7 @@ def _declare(loaded: ctypes.CDLL) -> None:
         "vlmq_int16_max_rows": (integer, []),
         "vlmq_int16_scratch": (long, [long, long]),
         "vlmq_int16_pack": (None, [pointer, long, long, integer, long, pointer, integer]),
+        "vlmq_int16_dequantize": (None, [*weight, long, long, pointer, integer]),
         "vlmq_int16_gemm": (None, [pointer, long, integer, long, *weight, long, pointer, pointer, integer]),
     }
     for name, (result, arguments) in signatures.items():

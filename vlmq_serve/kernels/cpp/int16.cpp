@@ -249,6 +249,27 @@ void multiply(const Weight& w, const Input& in, const void* x, int64_t stride, i
   }
 }
 
+// W transposed, rounded once to bf16: out [K, blocks * 16] for blocks of 16 rows from `first` on.
+template <int BITS> void dequantize(const Weight& w, int64_t first, int64_t blocks, uint16_t* out, int threads) {
+  const int64_t chunks = w.cols / COLS, group_cols = w.cols / w.groups, width = blocks * ROWS;
+#pragma omp parallel for collapse(2) num_threads(threads)
+  for (int64_t b = 0; b < blocks; ++b)
+    for (int64_t c = 0; c < chunks; ++c)
+      for (int v = 0; v < ROWS; v += LANES) {
+        const int64_t group = ((first + b) * w.groups + c * COLS / group_cols) * ROWS + v;
+        const VI z = load_zeros(w, group);
+        const VF scales = load_scales(w, group);
+        alignas(64) int32_t codes[PAIRS * LANES];
+        unpack<BITS>(w.codes + ((first + b) * chunks + c) * BITS * ROWS + v, either(z, upper_half(z)), codes, LANES);
+        uint16_t* to = out + c * COLS * width + b * ROWS + v;
+        for (int p = 0; p < PAIRS; ++p, to += 2 * width) {
+          const VI pair = load(codes + p * LANES);
+          store_float(BF16(), to, mulf(to_float(right32<16>(upper_half(pair))), scales));
+          store_float(BF16(), to + width, mulf(to_float(right32<16>(pair)), scales));
+        }
+      }
+}
+
 inline uint32_t code_at(const uint32_t* row, int64_t index, int bits) {
   const int64_t bit = index * bits, word = bit / 32, shift = bit % 32;
   uint32_t code = row[word] >> shift;
@@ -305,6 +326,18 @@ void vlmq_int16_gemm(const void* x, int64_t stride, int type, int64_t rows, cons
     case 3: return multiply<3>(w, in, x, stride, type, y, features, threads);
     case 4: return multiply<4>(w, in, x, stride, type, y, features, threads);
     default: return multiply<8>(w, in, x, stride, type, y, features, threads);
+  }
+}
+
+// See dequantize().
+void vlmq_int16_dequantize(const int32_t* codes, const void* scales, int scale_type, const uint8_t* zeros, int bits,
+                           int64_t cols, int64_t groups, int64_t first, int64_t blocks, void* out, int threads) {
+  const Weight w = {codes, scales, zeros, scale_type, 1 << (bits - 1), cols, groups};
+  switch (bits) {
+    case 2: return dequantize<2>(w, first, blocks, (uint16_t*)out, threads);
+    case 3: return dequantize<3>(w, first, blocks, (uint16_t*)out, threads);
+    case 4: return dequantize<4>(w, first, blocks, (uint16_t*)out, threads);
+    default: return dequantize<8>(w, first, blocks, (uint16_t*)out, threads);
   }
 }
 }
