@@ -63,12 +63,14 @@ def gemm_int16(
     step = min(rows, library.vlmq_int16_max_rows())
     scratch = torch.empty(library.vlmq_int16_scratch(step, cols), dtype=torch.uint8, device=x.device)
     weight = _arguments(cols, qdata, scales, zeros, bits)
+    threads, size = torch.get_num_threads(), x.element_size()
     for start in range(0, rows, step):
-        part, out = x[start : start + step], y[start : start + step]
+        # Addresses and not slices, each of which would take longer than a small product.
+        x_at, y_at = x.data_ptr() + start * x.stride(0) * size, y.data_ptr() + start * out_features * size
+        count = min(step, rows - start)
         library.vlmq_int16_gemm(
-            part.data_ptr(), x.stride(0), _TYPES[x.dtype], part.shape[0], *weight, out_features, out.data_ptr(),
-            scratch.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
+            x_at, x.stride(0), _TYPES[x.dtype], count, *weight, out_features, y_at, scratch.data_ptr(), threads
+        )
     return y
 
 
