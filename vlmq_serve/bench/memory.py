@@ -1,4 +1,4 @@
-"""Memory of a server: all its processes, sampled while it works."""
+"""Memory and processor time of a server: all its processes, sampled while it works."""
 
 import subprocess
 import threading
@@ -12,11 +12,15 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Sample:
-    """MiB now: all processes of a tree, the largest of them alone (the worker with the weights), and on NVIDIA GPUs."""
+    """MiB now: all processes of a tree, the largest of them alone (the worker with the weights), and on NVIDIA GPUs.
+
+    processor_s: what all of them have computed so far, in seconds of one core.
+    """
 
     processes_mib: float
     largest_mib: float
     device_mib: float
+    processor_s: float
 
 
 def sample(pid: int) -> Sample:
@@ -24,16 +28,19 @@ def sample(pid: int) -> Sample:
     import psutil
 
     sizes = {}
+    seconds = 0.0
     try:
         root = psutil.Process(pid)
         for process in (root, *root.children(recursive=True)):
             try:
                 sizes[process.pid] = process.memory_full_info().pss / MIB
+                seconds += sum(process.cpu_times()[:2])
             except psutil.Error:
                 continue
     except psutil.Error:
         pass
-    return Sample(round(sum(sizes.values()), 1), round(max(sizes.values(), default=0.0), 1), device_memory(sizes))
+    total, largest = round(sum(sizes.values()), 1), round(max(sizes.values(), default=0.0), 1)
+    return Sample(total, largest, device_memory(sizes), seconds)
 
 
 def device_memory(pids: Collection[int]) -> float:

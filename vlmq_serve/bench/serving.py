@@ -100,8 +100,10 @@ def run_load(variant: Variant, server: Server, load: Load, out: Path, client: Cl
     folder = out / variant.name
     part = folder / f"{load.name}.part"
     part.unlink(missing_ok=True)
+    before = sample(server.pid).processor_s
     with MemoryWatch(server.pid) as watch:
         client.run(bench_arguments(variant, server, load, folder))
+    processor_s = sample(server.pid).processor_s - before
     result: dict[str, Any] = json.loads(part.read_text(encoding="utf-8")) if part.exists() else {}
     if result.get("completed") != load.count:
         raise VLMQError(
@@ -110,7 +112,7 @@ def run_load(variant: Variant, server: Server, load: Load, out: Path, client: Cl
         )
     # The times of every single token would be most of the file, and the folder of the tokenizer says nothing elsewhere.
     slim = {key: value for key, value in result.items() if not isinstance(value, list) and key != "tokenizer_id"}
-    _write(folder / f"{load.name}.json", slim)
+    _write(folder / f"{load.name}.json", slim | {"server_processor_s": round(processor_s, 3)})
     part.unlink()
     facts = _facts(folder)
     peaks = {"peak_mib": watch.peak_mib, "device_mib": watch.peak_device_mib}

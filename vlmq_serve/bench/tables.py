@@ -36,6 +36,9 @@ FACTS = (
 PROMPT = "prompt tokens"
 """Of one request, its image included: what shows that the image was sent."""
 
+PROCESSOR = "processor s/request"
+"""Of all the server's processes: unlike the times, other work on the machine disturbs it little."""
+
 
 def read_rows(out: Path, names: Sequence[str], timings: bool = True) -> list[Row]:
     """All measurements of the variants `names` in `out`, in that order; without `timings` one row per variant."""
@@ -65,6 +68,9 @@ def _times(path: Path) -> dict[str, float]:
     times = {label: round(float(measured[key]), 3) for key, label in METRICS.items() if key in measured}
     if measured.get("completed"):
         times[PROMPT] = round(measured["total_input_tokens"] / measured["completed"])
+    if measured.get("server_processor_s"):
+        # The warm-up is one request more than those that are counted.
+        times[PROCESSOR] = round(measured["server_processor_s"] / (measured["completed"] + 1), 3)
     return times
 
 

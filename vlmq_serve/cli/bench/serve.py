@@ -15,7 +15,7 @@ from vlmq_serve.format.errors import VLMQError
 if TYPE_CHECKING:
     from vlmq_serve.bench.variants import Load
 
-TIMES = ("TTFT ms", "TPOT ms", "ITL ms", "requests/s", "output tokens/s", "prompt tokens")
+TIMES = ("TTFT ms", "TPOT ms", "ITL ms", "requests/s", "output tokens/s", "processor s/request", "prompt tokens")
 SIZES = ("disk_mib", "weights_mib", "worker_mib", "ready_mib", "peak_mib", "device_mib", "kv_tokens", "startup_s")
 VARIANTS_HELP = "NAME=FOLDER or NAME=FOLDER@DTYPE; ratios are to the first. A tiny model named floor is subtracted."
 ARGUMENTS_HELP = (
