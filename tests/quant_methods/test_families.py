@@ -18,7 +18,9 @@ from vlmq_serve.format.headers import quantized_modules, read_tensor_index
 from vlmq_serve.format.names import part_of_model
 
 pytestmark = pytest.mark.serve
-TOLERANCE = 2e-3  # float32
+# float32 with inputs of 16 bits in the CPU's kernel; random weights of this size give logits far apart.
+TOLERANCE = 1e-2
+SEEN = 2e-2
 PROMPTS = [[5, 99, 300, 41, 77], list(range(20, 60))]
 
 
@@ -67,7 +69,7 @@ def check_images(llm: Any, model: Any, checkpoint: Path) -> None:
         check(answer, expected)
         blank = [Image.new("RGB", chat.images()[0].size)]
         other = reference_logprobs(model, processor, chat, tokens, blank)
-        assert float((other - expected).abs().max()) > 10 * TOLERANCE  # the image is looked at
+        assert float((other - expected).abs().max()) > SEEN  # the image is looked at
 
 
 def check_text(llm: Any, model: Any) -> None:
