@@ -1,4 +1,4 @@
-"""Write (or check) the static table of the Triton kernel: registers, shared memory, instructions. Needs no GPU.
+"""Write (or check) the static table of the Triton kernels: registers, shared memory, instructions. Needs no GPU.
 
 python benchmarks/kernels/static_table.py             compile every variant and write tests/kernels/static_table.csv
 python benchmarks/kernels/static_table.py --check     compile and compare, exit 1 when a row is worse
@@ -17,10 +17,9 @@ import triton
 from rich.console import Console
 from rich.progress import track
 
-from vlmq_serve.kernels.compile_report import Report, Variant, compile_variant, kernel_version, variants
+from vlmq_serve.kernels.compile_report import Report, Variant, compile_variant, kernel_version, variants, worse
 
 TABLE = Path(__file__).parents[2] / "tests" / "kernels" / "static_table.csv"
-COST = ("registers", "stack_bytes", "shared_bytes", "spill_instructions", "instructions", "conversions")
 
 
 def measure(variant: Variant) -> tuple[Report, str | None]:
@@ -44,10 +43,14 @@ def main() -> int:
     if arguments.check:
         with TABLE.open() as file:
             known = {row["name"]: row for row in csv.DictReader(file)}
-        for row in rows:
-            old = known.get(str(row["name"]))
-            worse = ["no such row"] if old is None else [c for c in COST if float(str(row[c])) > float(old[c])]
-            faults += [f"{row['name']}: worse in {', '.join(worse)}"] if worse else []
+        for report, _ in results:
+            old = known.get(report.name)
+            lost = (
+                ["no such row"]
+                if old is None
+                else [f"{c} {now}, was {then}" for c, (now, then) in worse(report, old).items()]
+            )
+            faults += [f"{report.name}: {', '.join(lost)}"] if lost else []
     else:
         with TABLE.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))

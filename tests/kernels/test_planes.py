@@ -93,12 +93,58 @@ def test_prepare_pads_with_weights_of_zero(bits: int, cols: int, symmetric: bool
     codes = torch.randint(0, 2**bits, (24, cols))
     zeros = None if symmetric else torch.randint(0, 2**bits, (24, groups))
     weight = PackedWeight.from_codes(codes, (torch.rand(24, groups) + 0.1).to(torch.float16), zeros, scheme)
-    words, scales, kept = planes.prepare_planes(weight, torch.float16)
+    words, groups_of = planes.prepare_planes(weight, torch.float16)
     restored = planes.unpack_planes(words, bits)
     padded = restored.shape[1]
-    zero = torch.full_like(scales, scheme.mid_code) if symmetric else kept
-    assert kept.numel() == (0 if symmetric else scales.numel())
-    assert scales.shape == (padded // 32, 24)
+    assert groups_of.shape == (padded // 32, 24, 2)
+    scales, zero = groups_of.unbind(-1)
     dense = (restored.float() - zero.float().t().repeat_interleave(32, 1)) * scales.float().t().repeat_interleave(32, 1)
     assert torch.equal(dense[:, :cols], weight.dequantize())
     assert not dense[:, cols:].any()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize(("cols", "ranks"), [(18944, 2), (18944, 4), (8960, 2), (3584, 4), (1536, 8)])
+def test_row_parallel_shards_hold_their_range_of_k(bits: int, cols: int, ranks: int) -> None:
+    """A rank packs its own columns: slabs as its K demands, its codes, scales and zeros, and no bit more."""
+    scheme = Scheme(bits, 64)
+    groups = cols // 64
+    codes = torch.randint(0, 2**bits, (5, cols), dtype=torch.uint8)
+    scales, zeros = torch.rand(5, groups) + 0.1, torch.randint(0, 2**bits, (5, groups))
+    share, per = cols // ranks, groups // ranks
+    for rank in range(ranks):
+        part = codes[:, rank * share : (rank + 1) * share]
+        own = slice(rank * per, (rank + 1) * per)
+        weight = PackedWeight.from_codes(part.int(), scales[:, own].bfloat16(), zeros[:, own], scheme)
+        words, both = planes.prepare_planes(weight, torch.bfloat16)
+        assert torch.equal(planes.unpack_planes(words, bits)[:, :share], part)
+        assert torch.equal(both[:per, :, 0].t(), scales[:, own].bfloat16())
+        assert torch.equal(both[:per, :, 1].t().int(), zeros[:, own].int())
+        exact = share % planes.SLABS[bits][-1] == 0
+        assert words.numel() * 16 == 5 * bits * share if exact else words.numel() * 16 < 5 * bits * (share + 256)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_shards_at_slab_boundaries_are_slices(bits: int) -> None:
+    """Of the whole weight's words: ranges of slabs for row-parallel layers, ranges of rows for column-parallel ones."""
+    codes = torch.randint(0, 2**bits, (24, 4096), dtype=torch.uint8)
+    slab = planes.slab_length(4096, 128, bits)
+    words = planes.pack_planes(codes, bits, slab)
+    half = words.shape[0] // 2
+    assert torch.equal(planes.pack_planes(codes[:, 2048:], bits, slab), words[half:])
+    assert torch.equal(planes.pack_planes(codes[7:19], bits, slab), words[:, :, 7:19])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_second_half_of_a_slab_looks_like_the_first_after_a_shift(bits: int) -> None:
+    """What a kernel that takes half slabs relies on: W3 in word h and byte h of word 2, the others in byte h."""
+    slab = planes.SLABS[bits][0]
+    codes = torch.randint(0, 2**bits, (3, slab), dtype=torch.uint8)
+    swapped = torch.cat((codes[:, slab // 2 :], codes[:, : slab // 2]), 1)
+    words, other = (planes.pack_planes(c, bits, slab).int() & 0xFFFF for c in (codes, swapped))
+    low, high = other & 0xFF, words >> 8
+    if bits == 3:
+        assert torch.equal(other[:, 0], words[:, 1])
+        assert torch.equal(low[:, 2], high[:, 2])
+    else:
+        assert torch.equal(low, high)

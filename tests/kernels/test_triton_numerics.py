@@ -17,12 +17,14 @@ ROOT = Path(__file__).parents[2]
 
 def case(
     bits: int, dtype: str, group: int, symmetric: bool, m: int, n: int, k: int, split: int = 1,
-    path: str = "triton", scratch: int = 0,
+    path: str = "triton", scratch: int = 0, order: int = 0,
 ) -> dict[str, object]:  # fmt: skip
-    """`scratch` bounds the bytes of dequantized weight; 0 leaves the bound as it is."""
+    """`scratch` bounds the bytes of dequantized weight, 0 leaves the bound as it is; `order` is the seed of the order
+    in which programs run, 0 the interpreter's own."""
     name = f"{path}-w{bits}g{group}{'s' if symmetric else ''}-{dtype}-m{m}-n{n}-k{k}-split{split}-scratch{scratch}"
+    name += f"-order{order}" if order else ""
     return {"id": name, "bits": bits, "dtype": dtype, "group": group, "symmetric": symmetric,
-            "m": m, "n": n, "k": k, "split": split, "path": path, "scratch": scratch}  # fmt: skip
+            "m": m, "n": n, "k": k, "split": split, "path": path, "scratch": scratch, "order": order}  # fmt: skip
 
 
 CASES = [
@@ -53,14 +55,39 @@ CASES = [
     *(case(bits, "bfloat16", g, False, 5, 300, 512, path="triton_dense") for bits in (2, 3, 4) for g in (64, 128)),
     *(case(bits, "float16", 64, False, 4, 300, 320, path="triton_dense", scratch=1) for bits in (2, 3, 4)),
     case(4, "bfloat16", 64, False, 600, 24, 128, path="triton_fused"),
+    # One and two rows without matrix instructions; above two rows the path is the usual one.
+    *(
+        case(bits, dtype, group, symmetric, m, 72, k, path="triton_gemv")
+        for bits in (2, 3, 4)
+        for dtype in ("bfloat16", "float16")
+        for group, symmetric, m, k in (
+            (128, False, 1, 512),
+            (32, True, 2, 288),
+            (-1, False, 2, 512),
+            (64, False, 3, 64),
+        )
+    ),
 ]
+SUMS = [
+    # A split K whose sums the last program adds, in the order of arrival of three seeds, or a second launch.
+    [
+        case(bits, dtype, 128, False, m, 300, 1536, 4, path, 0, order)
+        for path, order in ((f"triton{kind}", 0), (f"triton{kind}", 1), (f"triton{kind}", 2), (f"triton{last}", 0))
+    ]
+    for bits in (2, 3, 4)
+    for dtype, m, kind, last in (
+        ("bfloat16", 9, "", "_second_launch"), ("float16", 3, "", "_second_launch"), ("bfloat16", 2, "_gemv", "_gemv"),
+        ("bfloat16", 140, "", "_second_launch"),
+    )
+]  # fmt: skip
+EVERY = list({str(c["id"]): c for c in [*CASES, *(c for group in SUMS for c in group)]}.values())
 
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, dict[str, object]]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(RUNNER)], input=json.dumps(CASES), env=environment, capture_output=True,
+        [sys.executable, "-W", "ignore", str(RUNNER)], input=json.dumps(EVERY), env=environment, capture_output=True,
         text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -68,7 +95,7 @@ def results() -> dict[str, dict[str, object]]:
     return found
 
 
-@pytest.mark.parametrize("wanted", CASES, ids=lambda c: str(c["id"]))
+@pytest.mark.parametrize("wanted", EVERY, ids=lambda c: str(c["id"]))
 def test_matches_float64(wanted: dict[str, object], results: dict[str, dict[str, object]]) -> None:
     got = results[str(wanted["id"])]
     assert got["shape"] == [wanted["m"], wanted["n"]]
@@ -77,3 +104,14 @@ def test_matches_float64(wanted: dict[str, object], results: dict[str, dict[str,
     assert error <= {"bfloat16": 5e-3, "float16": 1e-3}[str(wanted["dtype"])]
     # The weights that the kernel multiplies with are those of a dense 16-bit layer, bit for bit.
     assert error <= 1.1 * plain + 1e-7
+
+
+@pytest.mark.parametrize("group", SUMS, ids=lambda group: str(group[0]["id"]))
+def test_who_adds_and_who_arrives_last_changes_no_bit(
+    group: list[dict[str, object]], results: dict[str, dict[str, object]]
+) -> None:
+    assert len({results[str(c["id"])]["digest"] for c in group}) == 1
+
+
+def test_counters_are_ready_for_the_next_product(results: dict[str, dict[str, object]]) -> None:
+    assert all(result["settled"] for result in results.values())

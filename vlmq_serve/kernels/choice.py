@@ -7,17 +7,19 @@ import torch
 
 from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.kernels import native
-from vlmq_serve.kernels.gpu import gpu_of
 from vlmq_serve.kernels.nibbles import int4_kernel_block
-from vlmq_serve.kernels.plan import AUTO, DENSE, FUSED, describe
+from vlmq_serve.kernels.plan import AUTO, DENSE, FUSED, GEMV, SECOND_LAUNCH
 
 REFERENCE = "reference"
 CPU_INT4 = "cpu_int4"
 CPU_DEQUANT = "cpu_dequant"
 CPU_INT16 = "cpu_int16"
 TRITON = "triton"
-TRITON_KINDS = {TRITON: AUTO, "triton_fused": FUSED, "triton_dense": DENSE}
-"""Paths on the plane layout: by M, or one half of the family forced."""
+TRITON_KINDS = {
+    TRITON: AUTO, "triton_fused": FUSED, "triton_dense": DENSE, "triton_gemv": GEMV,
+    "triton_second_launch": SECOND_LAUNCH,
+}  # fmt: skip
+"""Paths on the plane layout: by M, or a part of the family forced (`plan.KINDS`)."""
 PATHS = (REFERENCE, CPU_INT16, CPU_INT4, CPU_DEQUANT, *TRITON_KINDS)
 CPU_ORDER = (CPU_INT16, CPU_INT4, CPU_DEQUANT)
 """By preference; the later ones serve where our own kernels could not be compiled. Measured: docs/kernels.md."""
@@ -85,15 +87,15 @@ def _refusal(path: str, bits: int, dtype: torch.dtype, device: torch.device) -> 
 
 
 def log_choice(
-    path: str, bits: int, group_size: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, nbytes: int
+    path: str, bits: int, group_size: int, shape: tuple[int, int], dtype: torch.dtype, nbytes: int, family: str = ""
 ) -> None:
-    """One line per kind of layer, once per process."""
+    """One line per kind of layer, once per process; `family` says what serves at which M."""
     key = (path, bits, group_size, shape, dtype)
     if key in _logged:
         return
     _logged.add(key)
     bits_per_weight = 8 * nbytes / max(1, shape[0] * shape[1])
-    family = f", {describe(*shape, gpu_of(device), TRITON_KINDS[path])}" if path in TRITON_KINDS else ""
+    family = f", {family}" if family else ""
     logger.info(
         "W%d group %d, N=%d K=%d, %s: %s (%.2f bits per weight in memory%s)",
         bits, group_size, *shape, str(dtype).removeprefix("torch."), path, bits_per_weight, family,

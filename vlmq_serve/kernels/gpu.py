@@ -8,11 +8,13 @@ import torch
 
 @dataclass(frozen=True)
 class Gpu:
-    """arch: compute capability times ten, for example 90; processors: multiprocessors; memory: bytes."""
+    """arch: compute capability times ten, for example 90; processors: multiprocessors; memory: bytes; name: as the
+    driver gives it, the key of the tables."""
 
     arch: int
     processors: int
     memory: int
+    name: str = ""
 
 
 ASSUMED = Gpu(80, 108, 40 << 30)
@@ -25,4 +27,5 @@ def gpu_of(device: torch.device) -> Gpu:
     if device.type != "cuda":
         return ASSUMED
     properties = torch.cuda.get_device_properties(device)
-    return Gpu(10 * properties.major + properties.minor, properties.multi_processor_count, properties.total_memory)
+    arch = 10 * properties.major + properties.minor
+    return Gpu(arch, properties.multi_processor_count, properties.total_memory, properties.name)

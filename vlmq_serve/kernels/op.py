@@ -45,8 +45,8 @@ def _gemm(
     if path in choice.TRITON_KINDS:
         from vlmq_serve.kernels import triton_path
 
-        kind = choice.TRITON_KINDS[path]
-        y = triton_path.gemm(rows, qdata, scales, zeros, bits, group_size, out_features, kind)
+        weight = triton_path.Operand(qdata, scales, bits, group_size, out_features, rows.shape[1])
+        y = triton_path.gemm(rows, weight, choice.TRITON_KINDS[path])
     elif path == choice.CPU_INT16:
         y = int16.gemm_int16(rows, qdata, scales, zeros, bits, out_features)
     elif path == choice.CPU_INT4:

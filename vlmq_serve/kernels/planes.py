@@ -7,7 +7,12 @@ two neighbours along K then share a register, which is the fragment layout of th
 
     W4  1 word,  4 planes: code p in bits [4p, 4p+4)
     W2  1 word,  8 planes: code p in bits [2p, 2p+2)
-    W3  3 words, 16 planes: word i holds the codes 5i .. 5i+4 in bits [3c, 3c+3); bit 15 of word i is bit i of code 15
+    W3  3 words, 16 planes in two halves h of 8 codes, of which the first five are in word h in bits [3c, 3c+3), two in
+        byte h of word 2 in bits [0, 3) and [3, 6); the last has bit 0 in bit 15 of word h, bits 1 and 2 in bits 6
+        and 7 of that byte
+
+So half of the planes is a byte of every word, or with 3 bits a word and a byte, and a kernel can take half a slab at a
+time, half h looking like half 0 after a shift by 8h.
 
 Words are stored [slabs, words, N, KW]: a tile of rows is one contiguous run, and a tensor-parallel shard is a
 slice (rows) or a range of slabs (columns). Exactly 2, 3 and 4 bits per weight where a slab divides K.
@@ -23,8 +28,6 @@ WORDS = {2: 1, 3: 3, 4: 1}
 SLABS = {2: (512, 256, 128), 3: (512, 256), 4: (256, 128, 64)}
 """Codes per slab, best first: as long as registers allow (4 bits) and planes of at least 16, which a matrix
 instruction needs."""
-
-CODES_PER_W3_WORD = 5
 
 
 def slab_length(in_features: int, group_size: int, bits: int) -> int:
@@ -58,15 +61,20 @@ def bit_fields(bits: int) -> list[tuple[int, int, int, int, int]]:
     mask = 2**bits - 1
     if bits != 3:
         return [(0, plane, plane * bits, 0, mask) for plane in range(PLANES[bits])]
-    last = PLANES[3] - 1
-    fields = [(p // CODES_PER_W3_WORD, p, p % CODES_PER_W3_WORD * 3, 0, mask) for p in range(last)]
-    return fields + [(word, last, 15, word, 1) for word in range(WORDS[3])]
+    fields = []
+    for half in (0, 1):
+        first, low = 8 * half, 8 * half
+        fields += [(half, first + c, 3 * c, 0, mask) for c in range(5)]
+        fields += [(2, first + 5, low, 0, mask), (2, first + 6, low + 3, 0, mask)]
+        fields += [(half, first + 7, 15, 0, 1), (2, first + 7, low + 6, 1, 3)]
+    return fields
 
 
-def prepare_planes(weight: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """For the Triton kernel: words [slabs, words, N, KW]; scales and zeros in `dtype`, [groups, N].
+def prepare_planes(weight: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """For the Triton kernels: words [slabs, words, N, KW], and scales with zeros in `dtype`, [groups, N, 2].
 
-    Zeros are whole numbers and exact in both 16-bit types; empty when symmetric. Padding of K has scale 0.
+    Zeros are whole numbers and exact in both 16-bit types; symmetric codes have the same everywhere. Padding of K has
+    scale 0.
     """
     bits = weight.scheme.bits
     cols = weight.shape[1]
@@ -74,10 +82,10 @@ def prepare_planes(weight: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, Te
     slab = slab_length(cols, group, bits)
     pad = -cols % slab
     words = pack_planes(torch.nn.functional.pad(weight.codes(), (0, pad)), bits, slab)
+    scales = weight.scales.to(dtype)
+    middle = torch.full_like(scales, weight.scheme.mid_code)
+    zeros = middle if weight.zeros is None else weight.zeros.to(dtype)
     # One group for the whole row serves the padding too: x is masked there.
-    extra = 0 if weight.scales.shape[1] == 1 else -(-(cols + pad) // group) - weight.scales.shape[1]
-    scales = torch.nn.functional.pad(weight.scales.to(dtype).t(), (0, 0, 0, extra)).contiguous()
-    if weight.zeros is None:
-        return words, scales, torch.empty(0, dtype=dtype, device=words.device)
-    zeros = torch.nn.functional.pad(weight.zeros.to(dtype).t(), (0, 0, 0, extra)).contiguous()
-    return words, scales, zeros
+    extra = 0 if scales.shape[1] == 1 else -(-(cols + pad) // group) - scales.shape[1]
+    both = torch.stack((scales.t(), zeros.t()), -1)
+    return words, torch.nn.functional.pad(both, (0, 0, 0, 0, 0, extra)).contiguous()

@@ -1,15 +1,21 @@
 """What serving keeps of a quantized weight, and the linear layer on top of it."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from vlmq_serve.format.weight import PackedWeight
 from vlmq_serve.kernels import choice, cpu, scratch
+from vlmq_serve.kernels.gpu import gpu_of
 from vlmq_serve.kernels.int16 import prepare_int16
 from vlmq_serve.kernels.nibbles import ROW_PAD, int4_kernel_block
 from vlmq_serve.kernels.op import ensure_registered
+from vlmq_serve.kernels.plan import describe
+
+if TYPE_CHECKING:
+    from vlmq_serve.kernels.triton_path import Operand
 
 
 @dataclass(frozen=True)
@@ -51,19 +57,37 @@ def prepare(
     rows, cols = weight.shape
     path = choice.choose_path(scheme.bits, dtype, device, path)
     qdata, scales, zeros = (t.to(device) for t in _repack(weight, dtype, path))
-    if path in choice.TRITON_KINDS:
-        scratch.reserve(device)
     group = scheme.group_length(cols)
     prepared = PreparedWeight(qdata, scales, zeros, scheme.bits, group, rows, cols, path)
-    choice.log_choice(path, scheme.bits, group, (rows, cols), dtype, qdata.device, prepared.nbytes)
+    family = _make_ready(prepared) if path in choice.TRITON_KINDS else ""
+    choice.log_choice(path, scheme.bits, group, (rows, cols), dtype, prepared.nbytes, family)
     return prepared
+
+
+def operand_of(weight: PreparedWeight) -> "Operand":
+    """The weight as the Triton kernels take it."""
+    from vlmq_serve.kernels.triton_path import Operand
+
+    return Operand(weight.qdata, weight.scales, weight.bits, weight.group_size, weight.out_features, weight.in_features)
+
+
+def _make_ready(weight: PreparedWeight) -> str:
+    """Reserve scratch and compile all kernels that the weight can need; says what serves at which M."""
+    from vlmq_serve.kernels import triton_path
+
+    device, kind = weight.qdata.device, choice.TRITON_KINDS[weight.path]
+    scratch.reserve(device)
+    operand = operand_of(weight)
+    if device.type == "cuda":
+        triton_path.warm_up(operand, kind)
+    return describe(triton_path.shape_of(operand), gpu_of(device), kind)
 
 
 def _repack(weight: PackedWeight, dtype: torch.dtype, path: str) -> tuple[Tensor, Tensor, Tensor]:
     if path in choice.TRITON_KINDS:
         from vlmq_serve.kernels import planes
 
-        return planes.prepare_planes(weight, dtype)
+        return *planes.prepare_planes(weight, dtype), torch.empty(0, dtype=dtype, device=weight.qweight.device)
     if path == choice.CPU_INT16:
         return prepare_int16(weight)
     if path == choice.CPU_INT4:

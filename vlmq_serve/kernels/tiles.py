@@ -1,4 +1,4 @@
-"""Tile shapes of the Triton kernel by architecture and width, as the static table found them to fit."""
+"""Tile shapes of the Triton kernels by architecture and width, as the static table found them to fit."""
 
 from dataclasses import dataclass
 
@@ -7,16 +7,31 @@ SHARED_MEMORY_ELSEWHERE = 99 << 10
 """Bytes that one block can have, by architecture (CUDA programming guide, compute capabilities); 99 KiB is the
 figure of 8.6, 8.9 and 12.0, and what any other architecture is trusted with."""
 
+GEMV_ROWS = 2
+"""A tile of this many rows of x or fewer is one of `gemv_kernel`."""
+
 
 @dataclass(frozen=True)
 class Tile:
-    """One compiled shape: rows_m of x by rows_n of the weight, warps, and stages of the load pipeline."""
+    """One compiled shape: rows_m of x by rows_n of the weight, warps, and stages of the load pipeline.
+
+    parts: steps of the pipeline per slab of K, 1 or 2.
+    """
 
     rows_m: int
     rows_n: int
     warps: int
     stages: int
+    parts: int = 1
 
+    @property
+    def gemv(self) -> bool:
+        """Whether `gemv_kernel` takes it, and not `gemm_kernel`."""
+        return self.rows_m <= GEMV_ROWS
+
+
+SUM_WARPS = 8
+"""Of the kernel that only adds partial sums, whatever the tile: with fewer, tails of 32 rows spill."""
 
 DEQUANTIZE = Tile(0, 64, 4, 1)
 """The kernel that only writes weights takes no rows of x."""
@@ -25,16 +40,32 @@ DEQUANTIZE = Tile(0, 64, 4, 1)
 def tiles(bits: int, arch: int) -> tuple[Tile, ...]:
     """The family for one width on one architecture, by growing M.
 
-    Fewest warps and most stages that neither spill nor overrun shared memory in the static table, tails of N and K
-    included. Hopper's operands of the widest tile take one stage at 2 and 3 bits (slabs of 512). Elsewhere the
-    fragments of weights and sums share the registers: more warps from 64 rows on, at 2 and 3 bits from 32, and no tile
-    of 128 rows at 3 bits, whose three words per row are too many then; on sm_80 these leave two stages at 16 rows.
+    Fewest warps and most stages that neither spill nor overrun shared memory in the static table, tails of N and K and
+    a split K included. The widest tile takes half a slab at a time at 2 and 3 bits: x for a slab of 512 would leave
+    Hopper's shared memory room for one stage, that is no pipeline, and fill the registers elsewhere, where the
+    fragments of weights and sums share them: hence more warps there, from 64 rows on, at 2 and 3 bits from 32.
     """
+    widest = Tile(128, 128, 8, 2, 1 if bits == 4 else 2)
     few = (Tile(8, 128, 4, 3), Tile(16, 128, 4, 2 if (bits, arch) == (3, 80) else 3))
     if arch == 90:
-        return (*few, Tile(32, 128, 4, 3), Tile(64, 128, 4, 2), Tile(128, 128, 8, 2 if bits == 4 else 1))
-    warps = 4 if bits == 4 else 8
-    if arch == 80:
-        many = (Tile(64, 128, 8, 2), Tile(128, 128, 8, 2))
-        return (*few, Tile(32, 128, warps, 3), *many[: 1 if bits == 3 else 2])
-    return (*few, Tile(32, 128, warps, 2), Tile(64, 128, 8, 2))
+        return (*few, Tile(32, 128, 4, 3), Tile(64, 128, 8 if bits == 2 else 4, 2), widest)
+    medium = (Tile(32, 128, 4 if bits == 4 else 8, 3 if arch == 80 else 2), Tile(64, 128, 8, 2))
+    # 8.9 has the registers of 8.0, but the compiler spills the widest tile of 4 bits there.
+    return (*few, *medium) if bits == 4 and arch != 80 else (*few, *medium, widest)
+
+
+def gemv_tiles(bits: int) -> tuple[Tile, ...]:
+    """Tiles without matrix instructions, for one row of x and, where its sums fit the registers, for two: no rule
+    chooses them, a table may."""
+    one = Tile(1, 128, 4, 3)
+    return (one,) if bits == 3 else (one, Tile(2, 64, 4, 2))
+
+
+def narrow_tiles(bits: int, arch: int) -> tuple[Tile, ...]:
+    """Tiles of half the width of the weight for few rows, which need less of a split K: only a table chooses them."""
+    return tuple(Tile(t.rows_m, 64, t.warps, t.stages) for t in tiles(bits, arch)[:2])
+
+
+def known_tiles(bits: int, arch: int) -> tuple[Tile, ...]:
+    """Every tile that a table may name, each with its rows in the static table."""
+    return (*gemv_tiles(bits), *tiles(bits, arch), *narrow_tiles(bits, arch))

@@ -3,51 +3,31 @@
 import triton
 import triton.language as tl
 
-from vlmq_serve.kernels.triton_gemm import _exponent, _plane, _row
+from vlmq_serve.kernels.triton_unpack import _group, _offset, _plane, _words
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "stop"])
 def dequantize_kernel(
-    w_ptr, s_ptr, z_ptr, y_ptr, start, stop, N, K,
-    BITS: tl.constexpr, PLANES_: tl.constexpr, KW: tl.constexpr, G: tl.constexpr, ZEROS: tl.constexpr,
+    w_ptr, g_ptr, y_ptr, first, stop, N, K,
+    BITS: tl.constexpr, PLANES_: tl.constexpr, KW: tl.constexpr, G: tl.constexpr,
     BF16: tl.constexpr, BN: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """Rows [start, stop) of the [N, K] weight to y [stop - start, K], one slab per program. G as in `gemm_kernel`."""
-    KB: tl.constexpr = PLANES_ * KW
-    GROUPS: tl.constexpr = KB // G if G > 0 and G < KB else 1  # groups per slab
-    PER_GROUP: tl.constexpr = PLANES_ // GROUPS
-    BASE: tl.constexpr = 128.0 if BF16 else 1024.0
-    DTYPE: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
+    """Rows [first * BN, stop) of the [N, K] weight to y [stop - first * BN, K], a slab per program; G as in `gemm`."""
+    WORDS: tl.constexpr = 3 if BITS == 3 else 1
+    IN_GROUP: tl.constexpr = G // KW if G > 0 and G < PLANES_ * KW else PLANES_
     ln = tl.program_id(0) * BN + tl.arange(0, BN)
     b = tl.program_id(1)
-    rn = start + ln
+    rn = (first + tl.program_id(0)) * BN + tl.arange(0, BN)
     rj = tl.arange(0, KW)
     n_mask = rn < stop
-    wp = w_ptr + b * (N * KW if BITS != 3 else 3 * N * KW) + rn[:, None] * KW + rj[None, :]
-    if EVEN_N:
-        u = tl.load(wp)
-        v = tl.load(wp + N * KW) if BITS == 3 else u
-        t = tl.load(wp + 2 * N * KW) if BITS == 3 else u
-    else:
-        u = tl.load(wp, mask=n_mask[:, None], other=0)
-        v = tl.load(wp + N * KW, mask=n_mask[:, None], other=0) if BITS == 3 else u
-        t = tl.load(wp + 2 * N * KW, mask=n_mask[:, None], other=0) if BITS == 3 else u
+    wp = w_ptr + b * (WORDS * N * KW) + rn[:, None] * KW + rj[None, :]
+    u, v, t = _words(wp, 0, N, n_mask, BITS, KW, 1, EVEN_N)
     for p in tl.static_range(PLANES_):
-        if p % PER_GROUP == 0:
-            if G == 0:
-                row = 0
-            elif G < KB:
-                row = b * GROUPS + p // PER_GROUP
-            else:
-                row = b * KB // G
-            scale = _row(s_ptr + row * N, rn, n_mask, EVEN_N)
-            if ZEROS:
-                zero = _row(z_ptr + row * N, rn, n_mask, EVEN_N).to(tl.float32)
-            else:
-                zero = tl.full((BN,), 2 ** (BITS - 1), tl.float32)
-        offset = (-(BASE / _exponent(p, BITS, BF16)) - zero).to(DTYPE)
-        w = _plane(u, v, t, offset[:, None], scale[:, None], p, BITS, BF16)
-        k = b * KB + p * KW + rj
+        if p % IN_GROUP == 0:
+            row = 0 if G == 0 else (b * PLANES_ + p) * KW // G
+            scale, zero = _group(g_ptr, row, rn, n_mask, N, BF16, EVEN_N)
+        w = _plane(u, v, t, _offset(zero, p, BITS, BF16)[:, None], scale[:, None], p, BITS, BF16)
+        k = (b * PLANES_ + p) * KW + rj
         yp = y_ptr + ln[:, None] * K + k[None, :]
         if EVEN_N and EVEN_K:
             tl.store(yp, w)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,7 +10,9 @@ from torch.nn import functional
 
 from vlmq_serve.format.weight import PackedWeight
 from vlmq_serve.kernels import choice
-from vlmq_serve.kernels.prepared import PreparedWeight, linear, prepare
+from vlmq_serve.kernels.gpu import gpu_of
+from vlmq_serve.kernels.plan import plan
+from vlmq_serve.kernels.prepared import PreparedWeight, linear, operand_of, prepare
 
 Call = Callable[[Tensor], Tensor]
 
@@ -21,7 +24,8 @@ class Candidate:
     """One way to multiply with one weight.
 
     `kind` is DENSE, OURS or PEER; `scheme` the weight's, or that of the weight which was dequantized. `calls` take
-    x [M, K] of `dtype` and differ in nothing but the copy of the weight. `nbytes` is the size of one copy.
+    x [M, K] of `dtype` and differ in nothing but the copy of the weight. `nbytes` is the size of one copy. `distinct`:
+    whether it does anything of its own at this M, as a forced part of a family does where the family would not.
     """
 
     name: str
@@ -30,6 +34,7 @@ class Candidate:
     dtype: torch.dtype
     calls: tuple[Call, ...]
     nbytes: int
+    distinct: Callable[[int], bool] = lambda _: True
 
 
 PeerFactory = Callable[[PackedWeight, torch.dtype, int], Iterable[Candidate]]
@@ -61,12 +66,24 @@ def ours(weight: PackedWeight, dtypes: Iterable[torch.dtype], rotation: int) -> 
             prepared = prepare(weight, dtype, device, path)
             clones = [_clone(prepared) for _ in range(copies(prepared.nbytes, rotation))]
             calls = tuple(_our_call(clone) for clone in clones)
-            yield Candidate(f"{path} {short(dtype)}", OURS, str(weight.scheme), dtype, calls, prepared.nbytes)
+            name = f"{path} {short(dtype)}"
+            distinct = partial(_distinct, prepared)
+            yield Candidate(name, OURS, str(weight.scheme), dtype, calls, prepared.nbytes, distinct)
 
 
 def short(dtype: torch.dtype) -> str:
     """`bf16`, `fp16` or `fp32`."""
     return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+
+
+def _distinct(prepared: PreparedWeight, rows: int) -> bool:
+    """Whether a forced part of the Triton family runs something else than the family at this M."""
+    if prepared.path not in choice.TRITON_KINDS or prepared.path == choice.TRITON:
+        return True
+    from vlmq_serve.kernels import triton_path
+
+    shape, gpu = triton_path.shape_of(operand_of(prepared)), gpu_of(prepared.qdata.device)
+    return plan(rows, shape, gpu, choice.TRITON_KINDS[prepared.path]).variant != plan(rows, shape, gpu).variant
 
 
 def _clone(prepared: PreparedWeight) -> PreparedWeight:
