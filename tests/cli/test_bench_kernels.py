@@ -68,6 +68,7 @@ def test_measures_shows_and_goes_on(tmp_path: Path) -> None:
         (("--bits", "5"), "bits: got 5"),
         (("--dtype", "fp8"), "--dtype: got 'fp8'"),
         (("--device", "tpu"), "--device: got 'tpu'"),
+        (("--device", "cpu", "--write-table", "t.json"), "--write-table: chooses between GPU kernels"),
     ],
 )
 def test_bad_input_is_one_error(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:

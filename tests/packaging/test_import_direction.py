@@ -24,7 +24,7 @@ SIBLINGS = {
     "verify": {"format", "kernels", "quant_methods"},
     "export": {"format"},
     "bench": {"format", "device", "evaluate"},
-    "cli": {"format", "device", "calibrate", "evaluate", "kernels", "verify", "bench", "export"},
+    "cli": {"format", "device", "calibrate", "evaluate", "kernels", "quant_methods", "verify", "bench", "export"},
 }
 FORBIDDEN = {
     "format": {"vllm", "transformers", "triton"},

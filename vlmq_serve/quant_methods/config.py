@@ -16,6 +16,7 @@ from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.format.names import fused_members
 from vlmq_serve.format.scheme import Scheme
 from vlmq_serve.kernels.choice import ENVIRONMENT
+from vlmq_serve.quant_methods.backend import OVERRIDE, read_backend
 from vlmq_serve.quant_methods.inventory import Inventory, read_inventory
 from vlmq_serve.quant_methods.linear import VLMQLinearMethod
 from vlmq_serve.quant_methods.names import map_spec, names_in_vllm
@@ -32,6 +33,7 @@ class VLMQConfig(QuantizationConfig):
         super().__init__()
         self.spec = spec
         self.inventory: Inventory | None = None
+        self.backend = read_backend()
         self._applied_mappers: list[str] = []
 
     def __repr__(self) -> str:
@@ -68,10 +70,12 @@ class VLMQConfig(QuantizationConfig):
 
         A name on the Hugging Face hub is not downloaded yet at this point: there, the checks after loading remain.
         """
+        self.backend = read_backend(hf_config)
         if hf_config is not None:
             # A compiled graph holds the kernel's name. vLLM finds its compiled graphs again by this config, so a
             # graph for another choice would be used with weights packed for this one.
             hf_config.vlmq_kernel = os.environ.get(ENVIRONMENT, "")
+            setattr(hf_config, OVERRIDE, self.backend)
         folder = Path(model_name)
         if folder.is_dir():
             self.inventory = read_inventory(folder, self.spec)
@@ -98,7 +102,8 @@ class VLMQConfig(QuantizationConfig):
         scheme = self.scheme_of(prefix)
         if scheme is None:
             return UnquantizedLinearMethod() if is_linear else None
-        return VLMQLinearMethod(scheme, prefix, self.inventory.scales_dtype if self.inventory else None)
+        scales_dtype = self.inventory.scales_dtype if self.inventory else None
+        return VLMQLinearMethod(scheme, prefix, scales_dtype, self.backend)
 
     def scheme_of(self, prefix: str) -> Scheme | None:
         """Scheme of the vLLM layer `prefix`, the same for all members of a fused layer; None when unquantized."""

@@ -11,6 +11,7 @@ from vllm.model_executor.parameter import ChannelQuantScaleParameter, GroupQuant
 from vlmq_serve import kernels
 from vlmq_serve.format.scheme import SUFFIXES, WORD_BITS, Scheme, tensor_shapes
 from vlmq_serve.format.weight import PackedWeight
+from vlmq_serve.quant_methods.backend import AUTO, VLLMKernel, find_kernel
 from vlmq_serve.quant_methods.loading import UNLOADED_BYTE, UNLOADED_WORD, check_loaded, check_split, check_zeros
 from vlmq_serve.quant_methods.memory import give_back_freed_memory
 
@@ -22,17 +23,23 @@ PREPARED = ("qweight", "vlmq_scales", "vlmq_zeros")
 class VLMQLinearMethod(LinearMethodBase):
     """Loads checkpoint tensors as they are, repacks them once for the kernel, then multiplies with the result.
 
-    scales_dtype: dtype of the scales in the checkpoint where that is known, else the dtype of the model.
+    scales_dtype: dtype of the scales in the checkpoint where that is known, else the dtype of the model; backend: see
+    `backend`.
     """
 
-    def __init__(self, scheme: Scheme, prefix: str, scales_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, scheme: Scheme, prefix: str, scales_dtype: torch.dtype | None = None, backend: str = AUTO
+    ) -> None:
         self.scheme = scheme
         self.prefix = prefix
         self.scales_dtype = scales_dtype
         self.params_dtype = torch.get_default_dtype()
         self.partitions: list[int] = []
         self.in_features = 0
+        self.full = (0, 0)
         self.path = ""
+        self.backend = backend
+        self.kernel: VLLMKernel | None = None
 
     # vLLM passes these by position from some layers and by keyword from others: names and order are its interface.
     def create_weights(
@@ -68,6 +75,7 @@ class VLMQLinearMethod(LinearMethodBase):
         self.params_dtype = params_dtype
         self.partitions = list(output_partition_sizes)
         self.in_features = input_size_per_partition
+        self.full = (input_size, output_size)
 
     def _group_parameter(self, data: torch.Tensor, loader: Any) -> Parameter:
         """[N, K/G], split along K with the layer; a whole-row group belongs to every part of the row."""
@@ -83,18 +91,25 @@ class VLMQLinearMethod(LinearMethodBase):
         check_loaded(self.prefix, tensors, self.partitions)
         check_zeros(self.prefix, self.scheme, tensors.get("zeros"))
         weight = PackedWeight(tensors["qweight"], tensors["scales"], tensors.get("zeros"), self.scheme)
-        prepared = kernels.prepare(weight, self.params_dtype, weight.qweight.device)
+        device, share = weight.qweight.device, (self.in_features, sum(self.partitions))
+        self.kernel = find_kernel(self.backend, self.prefix, self.scheme, self.params_dtype, self.full, share, device)
+        prepared = None if self.kernel else kernels.prepare(weight, self.params_dtype, device)
         for suffix in tensors:
             delattr(layer, suffix)
-        for name, data in zip(PREPARED, (prepared.qdata, prepared.scales, prepared.zeros), strict=True):
-            layer.register_parameter(name, Parameter(data, requires_grad=False))
-        self.path = prepared.path
-        device = prepared.qdata.device
+        if self.kernel is not None:
+            self.kernel.take(layer, weight, self.partitions)
+            self.path = self.kernel.name
+        elif prepared is not None:
+            for name, data in zip(PREPARED, (prepared.qdata, prepared.scales, prepared.zeros), strict=True):
+                layer.register_parameter(name, Parameter(data, requires_grad=False))
+            self.path = prepared.path
         del weight, tensors, prepared
         give_back_freed_memory(device)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., K] times the weight transposed, plus bias: [..., N] in the dtype of x."""
+        if self.kernel is not None:
+            return self.kernel.apply(layer, x, bias)
         y = kernels.gemm(
             x,
             layer.qweight,

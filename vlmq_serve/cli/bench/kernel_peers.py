@@ -7,14 +7,13 @@ import copy
 import logging
 import tempfile
 from collections.abc import Iterator
-from fractions import Fraction
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlmq_serve.format.packing import pack_codes
-from vlmq_serve.format.scheme import WORD_BITS
+from vlmq_serve.format.scheme import Scheme
 from vlmq_serve.format.weight import PackedWeight
 from vlmq_serve.kernels.bench.candidates import PEER, Call, Candidate, copies, short
 
@@ -37,7 +36,7 @@ def vllm_peers(weight: PackedWeight, dtype: torch.dtype, rotation: int) -> Itera
         if not able:
             logger.info("%s is not measured: %s", name, reason)
             continue
-        label = f"{name.removesuffix('LinearKernel')} {short(dtype)}"
+        label = _label(name, dtype)
         try:
             start_single_rank()
             calls, size = _vllm_calls(kind, config, weight, dtype, rotation)
@@ -46,6 +45,24 @@ def vllm_peers(weight: PackedWeight, dtype: torch.dtype, rotation: int) -> Itera
             logger.warning("%s is not measured: %s: %s", name, type(error).__name__, error)
             continue
         yield Candidate(label, PEER, str(weight.scheme), dtype, calls, size)
+
+
+def _label(kernel: str, dtype: torch.dtype) -> str:
+    return f"{kernel.removesuffix('LinearKernel')} {short(dtype)}"
+
+
+def vllm_choice(scheme: Scheme, out_features: int, in_features: int, dtype: torch.dtype) -> str | None:
+    """Label of the kernel that vLLM itself would choose for a layer; None without vLLM, or where it has none."""
+    try:
+        from vllm.model_executor.kernels.linear import choose_mp_linear_kernel
+
+        from vlmq_serve.quant_methods.backend import layer_config
+
+        shape = (in_features, out_features)
+        return _label(choose_mp_linear_kernel(layer_config(scheme, dtype, shape, shape)).__name__, dtype)
+    except (ImportError, ValueError) as error:
+        logger.info("vLLM has no kernel for %s: %s", scheme, error)
+        return None
 
 
 def start_single_rank() -> None:
@@ -62,50 +79,20 @@ def start_single_rank() -> None:
 
 
 def vllm_config(weight: PackedWeight, dtype: torch.dtype) -> Any:
-    """vLLM's description of the layer; unsigned codes with zero points, or biased ones when symmetric."""
-    from vllm.model_executor.kernels.linear import MPLinearLayerConfig
-    from vllm.scalar_type import scalar_types
+    """vLLM's description of the layer."""
+    from vlmq_serve.quant_methods.backend import layer_config
 
-    scheme = weight.scheme
-    biased = {2: "uint2b2", 3: "uint3b4", 4: "uint4b8"}[scheme.bits]
     shape = (weight.shape[1], weight.shape[0])
-    return MPLinearLayerConfig(
-        full_weight_shape=shape,
-        partition_weight_shape=shape,
-        weight_type=getattr(scalar_types, biased if scheme.symmetric else f"uint{scheme.bits}"),
-        act_type=dtype,
-        group_size=scheme.group_size,
-        zero_points=not scheme.symmetric,
-    )
+    return layer_config(weight.scheme, dtype, shape, shape)
 
 
 def vllm_layer(weight: PackedWeight, dtype: torch.dtype) -> torch.nn.Module:
-    """A layer with the parameters that vLLM would load from a compressed-tensors checkpoint of this weight.
+    """A layer with a copy of the weight, as vLLM would have loaded it."""
+    from vlmq_serve.quant_methods.backend import add_parameters
 
-    weight_packed int32 [N, K*bits/32], weight_scale [N, K/G], weight_zero_point int32 [N*bits/32, K/G].
-    """
-    from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMParameter
-
-    def unused(*_: object) -> None:
-        """Nothing is loaded from a file."""
-
-    factor = Fraction(WORD_BITS, weight.scheme.bits)
     layer: Any = torch.nn.Module()
-    layer.input_size_per_partition, layer.output_size_per_partition = weight.shape[1], weight.shape[0]
-    layer.output_partition_sizes = [weight.shape[0]]
-    layer.params_dtype = dtype
-    layer.weight_packed = PackedvLLMParameter(
-        data=weight.qweight.clone(), input_dim=1, output_dim=0, packed_dim=1, packed_factor=factor,
-        weight_loader=unused,
-    )  # fmt: skip
-    layer.weight_scale = GroupQuantScaleParameter(
-        data=weight.scales.to(dtype, copy=True), input_dim=1, output_dim=0, weight_loader=unused
-    )
-    if weight.zeros is not None:
-        packed = pack_codes(weight.zeros.t().contiguous(), weight.scheme.bits).t().contiguous()
-        layer.weight_zero_point = PackedvLLMParameter(
-            data=packed, input_dim=1, output_dim=0, packed_dim=0, packed_factor=factor, weight_loader=unused
-        )
+    copied = replace(weight, qweight=weight.qweight.clone(), scales=weight.scales.to(dtype, copy=True))
+    add_parameters(layer, copied, dtype, [weight.shape[0]])
     return layer
 
 

@@ -34,6 +34,9 @@ def kernels(
     quick: Annotated[bool, typer.Option("--quick", help="Only qkv and down at M 1 and 16.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the file holds.")] = False,
     plot: Annotated[Path | None, typer.Option(help="PNG or SVG; needs matplotlib.")] = None,
+    write_table: Annotated[
+        Path | None, typer.Option(help="On a GPU: also measure plans, and write the fastest for VLMQ_TABLE.")
+    ] = None,
 ) -> None:
     """Time our kernels, torch's dense linear and, on a GPU, vLLM's kernels and GemLite where they are installed.
 
@@ -41,11 +44,12 @@ def kernels(
     kernel is checked against float64 in the same run. Ratios are to torch's 16-bit linear, to the fastest other
     kernel and to the floor of a measured copy. Interrupted, it goes on where it stopped.
 
-    Example: vlmq bench kernels --models 2B,7B -o h100.csv --plot h100.png
+    Example: vlmq bench kernels --models 2B,7B -o h100.csv --plot h100.png --write-table h100.json
     """
     import torch
 
     from vlmq_serve.cli.bench import kernel_results as results
+    from vlmq_serve.cli.bench import kernel_tables
     from vlmq_serve.kernels.bench.measure import environment, measure_layer
 
     if threads:
@@ -56,6 +60,8 @@ def kernels(
     counts = _numbers("rows", rows or (QUICK_ROWS if quick else GPU_ROWS if on_gpu else CPU_ROWS))
     schemes = _schemes(_numbers("bits", bits), _numbers("group-size", group_size))
     where = environment(settings)
+    if write_table is not None:
+        kernel_tables.check(settings)
     known = [] if fresh else results.read(output, where)
     todo = {layer: results.missing(known, layer, counts, schemes) for layer in wanted}
     out.print(f"{where['device']}, copies {settings.copy_rate / 1e9:.1f} GB/s (read and written)", highlight=False)
@@ -77,6 +83,15 @@ def kernels(
     if plot is not None:
         results.draw(found, where, plot)
         out.print(f"plot in {plot}")
+    if write_table is not None:
+        with progress_bar() as bar:
+            task = bar.add_task("measuring plans", total=len(wanted) * len(counts), note="")
+            speeds = kernel_tables.vllm_speeds(found, settings.dtype)
+            written = kernel_tables.write_table(
+                write_table, wanted, counts, schemes, settings, where, speeds,
+                lambda note: bar.update(task, advance=1, note=note),
+            )  # fmt: skip
+        out.print(f"{len(written.plans)} plans, {len(written.vllm)} layers left to vLLM, in {write_table}")
 
 
 def _settings(device: str, dtype: str, seconds: float) -> "Settings":
