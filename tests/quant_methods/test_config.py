@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -99,6 +100,26 @@ def test_the_checkpoint_must_hold_what_the_config_says(tiny_model: Path, tmp_pat
     assert config.scheme_of(f"{LAYER}.self_attn.qkv_proj") == Scheme(4, 64)
     with pytest.raises(VLMQError, match=r"layers\.9\.self_attn\.q_proj: config\.json says w4g64, but the checkpoint"):
         config.scheme_of("language_model.model.layers.9.self_attn.qkv_proj")
+
+
+def test_compiled_graphs_are_kept_apart_by_what_chooses_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM hashes the model's config: with and without a compiler, forced or not, it must differ."""
+    from vlmq_serve.kernels import native
+
+    def choice() -> str:
+        hf_config = SimpleNamespace()
+        config_of().maybe_update_config("not/a-folder", hf_config=hf_config)
+        return hf_config.vlmq_kernel
+
+    monkeypatch.delenv("VLMQ_KERNEL", raising=False)
+    found = [choice()]
+    monkeypatch.setenv("VLMQ_KERNEL", "reference")
+    found.append(choice())
+    monkeypatch.delenv("VLMQ_KERNEL")
+    if native.library() is not None:
+        monkeypatch.setattr(native, "library", lambda isa=None: None)
+        found.append(choice())
+    assert len(set(found)) == len(found)
 
 
 def test_experts_are_refused_by_name() -> None:

@@ -10,12 +10,14 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.utils import WeightsMapper
+from vllm.platforms import current_platform
 
+from vlmq_serve import __version__
 from vlmq_serve.format.config import QUANT_METHOD, QuantizationSpec
 from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.format.names import fused_members
 from vlmq_serve.format.scheme import Scheme
-from vlmq_serve.kernels.choice import ENVIRONMENT
+from vlmq_serve.kernels.choice import ENVIRONMENT, available_paths
 from vlmq_serve.quant_methods.backend import OVERRIDE, read_backend
 from vlmq_serve.quant_methods.inventory import Inventory, read_inventory
 from vlmq_serve.quant_methods.linear import VLMQLinearMethod
@@ -74,11 +76,17 @@ class VLMQConfig(QuantizationConfig):
         if hf_config is not None:
             # A compiled graph holds the kernel's name. vLLM finds its compiled graphs again by this config, so a
             # graph for another choice would be used with weights packed for this one.
-            hf_config.vlmq_kernel = os.environ.get(ENVIRONMENT, "")
+            hf_config.vlmq_kernel = self._kernel_choice()
             setattr(hf_config, OVERRIDE, self.backend)
         folder = Path(model_name)
         if folder.is_dir():
             self.inventory = read_inventory(folder, self.spec)
+
+    def _kernel_choice(self) -> str:
+        """What decides the kernel besides the checkpoint: our version, what can serve here, what is forced."""
+        device = torch.device(current_platform.device_type)
+        available = available_paths(self.spec.scheme.bits, torch.bfloat16, device)
+        return f"{__version__} {' '.join(available)} {os.environ.get(ENVIRONMENT, '')}".rstrip()
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Take over vLLM's names. Models call it once per nested model, some twice with the same mapper."""
