@@ -15,7 +15,7 @@ help:
 	@echo "make test    lint, then every test that this machine can run"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff rewrite the files"
-	@echo "make bench   kernel and serving measurements"
+	@echo "make bench   kernel measurements (docs/serving.md has those of serving)"
 
 setup:
 	@$(PYTHON) scripts/setup_env.py
