@@ -188,3 +188,6 @@ def test_commands_say_that_activations_were_simulated(tiny_model, data_file, tmp
     assert simulated.exit_code == 0
     assert "16 bits, as served" not in simulated.stdout
     assert "16-bit activations" in run(app, ["eval", "http://x/v1", *asked[2:], "--simulate"]).stderr
+    plain = run(app, ["eval", str(tiny_model), *asked[2:], "--simulate"])
+    assert plain.exit_code == 1
+    assert "has simulated no activations" in plain.stderr

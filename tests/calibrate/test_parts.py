@@ -138,6 +138,14 @@ def test_a_tower_that_vllm_does_not_quantize_is_refused(make_model):  # noqa: F8
         make_plan(make_model("internvl"), make_recipe(method="rtn", bits=4, group_size=32, vision="w8"))
 
 
+def test_a_checkpoint_without_a_tower_is_one_error(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "decoder")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({k: t for k, t in tensors.items() if "visual" not in k}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(VLMQError, match=r"vision: no tensors below model\.visual and visual"):
+        make_plan(folder, make_recipe(method="rtn", bits=4, group_size=32, vision="w8"))
+
+
 def test_linears_that_no_group_fits(tiny_model):
     """96 inputs of down_proj: neither 64 nor 128 divide them, 32 does."""
     with pytest.raises(VLMQError, match=r"q_proj: group_size: got 128 for K=64.*use one of \[32, 64, -1\]"):

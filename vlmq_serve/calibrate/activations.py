@@ -93,7 +93,8 @@ def _thinned(x: Tensor, percentile: float) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     if percentile == 1:
         return torch.stack([rows.amin(0), rows.amax(0)])
-    return rows[:: max(rows.numel() // _MAX_OBSERVED, 1)]
+    # A copy: a view would keep the whole batch in memory.
+    return rows[:: max(rows.numel() // _MAX_OBSERVED, 1)].clone()
 
 
 @contextmanager

@@ -42,7 +42,10 @@ def plan_vision(
         )
     spec = QuantizationSpec(scheme, _vision_overrides(recipe), recipe.ignore or ())
     unfit = "ignore" if recipe.unfit == "error" else recipe.unfit
-    root = next(r for r in adapter.source_vision if any(name.startswith(f"{r}.") for name in tensors))
+    root = next((r for r in adapter.source_vision if any(name.startswith(f"{r}.") for name in tensors)), None)
+    if root is None:
+        tried = " and ".join(adapter.source_vision)
+        raise VLMQError(f"vision: no tensors below {tried}; the checkpoint is incomplete, or leave `vision` out")
     plans = []
     for tensor, info in tensors.items():
         name = tensor.removesuffix(".weight")

@@ -90,7 +90,7 @@ class Settings(BaseModel):
         None, description="h0 of qvlm: neighbouring layers of larger entropy are searched together; default: its mean"
     )
     activation_bits: int | None = Field(
-        None, description="simulate inputs of quantized linears at 4, 6 or 8 bits; they are served with 16"
+        None, description="simulate inputs of quantized decoder linears at 4, 6 or 8 bits; served with 16"
     )
     activation_range: ActivationRange = Field(
         "token", description="range of simulated activations: of each token (dynamic), each channel or the tensor"

@@ -103,7 +103,13 @@ def _local(model: str, batch_size: int, max_new_tokens: int, simulate: bool) -> 
     if not folder.is_dir():
         raise VLMQError(f"{model}: no such folder; give a model folder or a URL that starts with http:// or https://")
     hide_loading_bars()
-    if activation_scheme(folder) is not None and not simulate:
+    simulated = activation_scheme(folder) is not None
+    if simulate and not simulated:
+        raise VLMQError(
+            f"--simulate: got {folder}, whose calibration has simulated no activations; leave the option out, or "
+            "calibrate with activation_bits"
+        )
+    if simulated and not simulate:
         out.print("activations of 16 bits, as served; --simulate for those that its calibration has simulated")
     loaded = load_simulated(folder) if simulate else load_model(folder)
     processor = transformers.AutoProcessor.from_pretrained(folder)
