@@ -11,6 +11,7 @@ from tests.calibrate.test_families import make_model  # noqa: F401  # a fixture
 from vlmq_serve.calibrate.pipeline import calibrate
 from vlmq_serve.calibrate.planning import make_plan
 from vlmq_serve.calibrate.recipe import make_recipe
+from vlmq_serve.calibrate.settings import override_of
 from vlmq_serve.evaluate.loading import load_model
 from vlmq_serve.format.config import QuantizationSpec
 from vlmq_serve.format.errors import VLMQError
@@ -167,6 +168,8 @@ def test_overrides_of_the_decoder_are_not_those_of_the_tower(make_model):  # noq
     schemes = {linear.name: str(linear.scheme) for linear in plan.vision if "v_proj" in linear.name}
     assert sorted(schemes.values()) == ["w2g32", "w4g32"]
     assert str(plan.by_layer[0]["self_attn.v_proj"].scheme) == "w8g32"
+    with pytest.raises(VLMQError, match="overrides: 'fc1' fits no linear that is quantized"):
+        make_plan(folder, recipe.model_copy(update={"overrides": {"fc1": override_of(Scheme(2, 32))}}))
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def make_plan(model: str | Path, recipe: Recipe) -> Plan:
     linears = tuple(plan_linear(tensors, *name, spec.scheme_for(name[0]), recipe.unfit) for name in names)
     vision = plan_vision(tensors, adapter, recipe, config, layers)
     head = plan_head(tensors, prefix, recipe, config, layers + 1)
-    _check_names(recipe, [linear.name for linear in (*linears, *vision)], tensors)
+    _check_names(recipe, [linear.name for linear in linears], [linear.name for linear in vision], tensors)
     _check_weighted(recipe, adapter)
     total = sum(t.nbytes for t in tensors.values())
     plan = Plan(source, adapter, recipe, linears, layers, prefix, total, vision, head)
@@ -94,10 +94,11 @@ def make_spec(recipe: Recipe, hashes: dict[str, str], producer: str = "unknown")
     )
 
 
-def _check_names(recipe: Recipe, linears: list[str], tensors: dict[str, TensorInfo]) -> None:
+def _check_names(recipe: Recipe, linears: list[str], vision: list[str], tensors: dict[str, TensorInfo]) -> None:
     """A misspelt module name must not pass as one that fits nothing."""
     for entry in recipe.overrides:
-        if not any(is_under(name, entry) for name in linears):
+        # Overrides of the tower name it: fc1 alone would pass here and change nothing.
+        if not any(is_under(name, entry) for name in (vision if part_of_model(entry) == "vision" else linears)):
             raise VLMQError(
                 f"overrides: {entry!r} fits no linear that is quantized; names look like {linears[0]!r} or 'down_proj'"
             )
