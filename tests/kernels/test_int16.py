@@ -219,3 +219,24 @@ def test_cache_that_cannot_be_written(fresh: Path, monkeypatch: pytest.MonkeyPat
     (fresh / "file").write_text("")
     monkeypatch.setenv(native.CACHE_ENVIRONMENT, str(fresh / "file" / "below"))
     assert native.library() is not None
+
+
+def test_cache_that_others_can_write(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is loaded from there: anybody could have put it there under the name that we look for."""
+    assert native.cache_folder() == fresh
+    fresh.chmod(0o777)
+    assert native.cache_folder() not in (fresh, *fresh.iterdir())
+    assert "who alone may write there" in caplog.text
+    fresh.chmod(0o700)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    assert native.cache_folder() != fresh
+
+
+def test_compiler_with_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "env LC_ALL=C g++")
+    command = native._compiler()
+    assert command is not None
+    assert Path(command[0]).name == "env"
+    assert command[1:] == ("LC_ALL=C", "g++")

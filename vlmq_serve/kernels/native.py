@@ -74,21 +74,29 @@ def library(isa: str | None = None) -> ctypes.CDLL | None:
         loaded = ctypes.CDLL(str(_built(compiler, isa)))
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
-        logger.warning("compiling the CPU kernels with %s failed, slower ones serve: %s", compiler, detail[-2000:])
+        name = " ".join(compiler)
+        logger.warning("compiling the CPU kernels with %s failed, slower ones serve: %s", name, detail[-2000:])
         return None
     _declare(loaded)
     return loaded
 
 
-def _compiler() -> str | None:
-    names = (os.environ.get("CXX"), *COMPILERS)
-    return next((path for name in names if name and (path := shutil.which(name))), None)
+def _compiler() -> tuple[str, ...] | None:
+    """The command; CXX may hold arguments, as in `ccache g++`."""
+    names = [name for text in (os.environ.get("CXX", ""), *COMPILERS) if (name := text.split())]
+    return next(((path, *arguments) for name, *arguments in names if (path := shutil.which(name))), None)
 
 
-def _built(compiler: str, isa: str) -> Path:
+def _run(command: tuple[str, ...], timeout: int) -> str:
+    # A compiler speaks the user's language, perhaps not in the encoding that Python expects.
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout, check=True)
+    return done.stdout
+
+
+def _built(compiler: tuple[str, ...], isa: str) -> Path:
     """Path of the shared object; written under another name and moved, as several processes may build at once."""
-    flags = (*FLAGS, *ISA_FLAGS[isa])
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
+    flags = (*compiler[1:], *FLAGS, *ISA_FLAGS[isa])
+    version = _run((*compiler, "--version"), 60)
     sources = [path.read_bytes() for path in sorted(SOURCES.iterdir())]
     key = hashlib.sha256(b"\0".join([*sources, version.encode(), " ".join(flags).encode()])).hexdigest()[:16]
     folder = cache_folder()
@@ -96,9 +104,8 @@ def _built(compiler: str, isa: str) -> Path:
     if not target.exists():
         handle, name = tempfile.mkstemp(suffix=".so", dir=folder)
         os.close(handle)
-        command = [compiler, *flags, str(SOURCES / "int16.cpp"), "-o", name]
         try:
-            subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+            _run((compiler[0], *flags, str(SOURCES / "int16.cpp"), "-o", name), 600)
             os.replace(name, target)
         finally:
             Path(name).unlink(missing_ok=True)
@@ -106,22 +113,26 @@ def _built(compiler: str, isa: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """VLMQ_CACHE, or `vlmq` in the user's cache folder; a private temporary one where that cannot be written."""
-    chosen = os.environ.get(CACHE_ENVIRONMENT)
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    folder = Path(chosen) if chosen else base / "vlmq"
+    """VLMQ_CACHE, or `vlmq` in the user's cache folder; a temporary one where that cannot be written, or by others too:
+    what lies there is loaded and run."""
+    chosen = os.environ.get(CACHE_ENVIRONMENT) or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "vlmq")
+    folder = Path(os.path.expanduser(chosen))
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
+        status = folder.stat()
+        if status.st_uid == os.geteuid() and not status.st_mode & 0o022 and os.access(folder, os.W_OK):
             return folder
-    except OSError:
-        pass
-    return _private_folder()
+        reason = "it must belong to this user, who alone may write there"
+    except OSError as error:
+        reason = str(error)
+    logger.warning("compiled CPU kernels are not kept in %s, and each process compiles its own: %s", folder, reason)
+    return Path(_temporary_folder().name)
 
 
 @lru_cache(maxsize=1)
-def _private_folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="vlmq-"))
+def _temporary_folder() -> "tempfile.TemporaryDirectory[str]":
+    """Removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="vlmq-", ignore_cleanup_errors=True)
 
 
 def _declare(loaded: ctypes.CDLL) -> None:
