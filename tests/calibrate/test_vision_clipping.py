@@ -1,5 +1,6 @@
 """Q-VLM's vision optimisation: each term of Eq. 8 to 10 against a direct computation, and the simulated tower."""
 
+import json
 import math
 
 import pytest
@@ -142,6 +143,16 @@ def test_the_tower_is_simulated_and_stored_as_it_is(tiny_model, data_file, tmp_p
             model(**sample.inputs)
     values = [out if isinstance(out, torch.Tensor) else out.last_hidden_state for out in seen]
     assert not torch.equal(values[0], values[1])
+
+
+def test_chats_without_an_image_teach_the_tower_nothing(tiny_model, data_file, tmp_path):
+    blind = [{"role": "user", "content": "Colour?"}, {"role": "assistant", "content": "red"}]
+    for name, lines in (("mixed", data_file.read_text().splitlines()[:1]), ("blind", [])):
+        file = data_file.with_name(f"{name}.jsonl")
+        file.write_text("\n".join([*lines, json.dumps({"messages": blind})]))
+        report = calibrate(tiny_model, tmp_path / name, file, recipe_of(vision_epochs=1, allow_text_only=True))
+        learned = any(c < 1 for pair in report.details["vision"]["factors"].values() for c in pair)
+        assert learned == bool(lines)
 
 
 @pytest.mark.parametrize("changes", [{"method": "gptq"}, {"activation_bits": None}])

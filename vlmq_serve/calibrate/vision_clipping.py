@@ -10,7 +10,7 @@ from vlmq_serve.calibrate.capture import batch_inputs, group_by_length
 from vlmq_serve.calibrate.data import SampleFeed
 from vlmq_serve.calibrate.families.adapter import ModelAdapter
 from vlmq_serve.calibrate.recipe import Recipe
-from vlmq_serve.calibrate.samples import CalibrationSample
+from vlmq_serve.calibrate.samples import VISION, CalibrationSample
 from vlmq_serve.calibrate.vision import SMALLEST_FACTOR, Factors, VisionSimulation, vision_linears
 from vlmq_serve.calibrate.vision_loss import vision_loss
 from vlmq_serve.format.errors import VLMQError
@@ -31,7 +31,8 @@ def simulate_vision(
             "supported where it feeds the embeddings only"
         )
     model.to(device)
-    factors = learn_factors(model, adapter, feed.first(SAMPLES), recipe, device)
+    seeing = [sample for sample in feed.first(SAMPLES) if bool((sample.modality == VISION).any())]
+    factors = learn_factors(model, adapter, seeing, recipe, device)
     model.to("cpu")
     return VisionSimulation(recipe.bits, recipe.activation_bits, factors)
 
@@ -39,15 +40,15 @@ def simulate_vision(
 def learn_factors(
     model: nn.Module, adapter: ModelAdapter, samples: Sequence[CalibrationSample], recipe: Recipe, device: torch.device
 ) -> dict[str, Factors]:
-    """c_w and c_a of every linear of the tower, learned on `samples` in batches of 8; `model` is on the device.
+    """c_w and c_a of every linear of the tower, learned on `samples` with images in batches of 8.
 
-    Without epochs all are 1.
+    `model` is on the device. Without epochs or samples all are 1.
     """
     assert recipe.activation_bits is not None  # the recipe has been checked
     names = vision_linears(model, adapter)
     raw = torch.ones(len(names), 2, device=device, requires_grad=True)
     optimizer = torch.optim.Adam([raw], LEARNING_RATE)
-    batches = list(group_by_length(samples, BATCH * max(sample.length for sample in samples)))
+    batches = list(group_by_length(samples, BATCH * max((sample.length for sample in samples), default=1)))
     for _ in range(recipe.vision_epochs):
         for batch in batches:
             factors = {name: Factors(row[0], row[1]) for name, row in zip(names, raw, strict=True)}
