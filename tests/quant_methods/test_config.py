@@ -102,8 +102,10 @@ def test_the_checkpoint_must_hold_what_the_config_says(tiny_model: Path, tmp_pat
         config.scheme_of("language_model.model.layers.9.self_attn.qkv_proj")
 
 
-def test_compiled_graphs_are_kept_apart_by_what_chooses_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM hashes the model's config: with and without a compiler, forced or not, it must differ."""
+def test_compiled_graphs_are_kept_apart_by_what_chooses_the_kernel(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """vLLM hashes the model's config: with and without a compiler or a table, forced or not, it must differ."""
     from vlmq_serve.kernels import native
 
     def choice() -> str:
@@ -112,7 +114,15 @@ def test_compiled_graphs_are_kept_apart_by_what_chooses_the_kernel(monkeypatch: 
         return hf_config.vlmq_kernel
 
     monkeypatch.delenv("VLMQ_KERNEL", raising=False)
+    monkeypatch.delenv("VLMQ_TABLE", raising=False)
     found = [choice()]
+    table = tmp_path / "table.json"
+    monkeypatch.setenv("VLMQ_TABLE", str(table))
+    assert choice() == found[0]
+    for content in ("{}", '{"vllm": []}'):
+        table.write_text(content)
+        found.append(choice())
+    monkeypatch.delenv("VLMQ_TABLE")
     monkeypatch.setenv("VLMQ_KERNEL", "reference")
     found.append(choice())
     monkeypatch.delenv("VLMQ_KERNEL")

@@ -10,6 +10,7 @@ on vLLM's own kernels, to which `backend: auto` then leaves them. Shipped tables
 of the device; VLMQ_TABLE names a file of one's own, which is used instead.
 """
 
+import hashlib
 import json
 import os
 from collections import defaultdict
@@ -86,6 +87,15 @@ def prefers_vllm(device: torch.device, bits: int, out_features: int, in_features
     table = _table(os.environ.get(ENVIRONMENT) or None, gpu_of(device))
     wanted = (bits, out_features, in_features)
     return table is not None and any((row.bits, row.N, row.K) == wanted for row in table.vllm)
+
+
+def fingerprint() -> str:
+    """Of the file that VLMQ_TABLE names; empty without one, and where it cannot be read, of which loading tells."""
+    own = os.environ.get(ENVIRONMENT) or None
+    try:
+        return hashlib.sha256(Path(own).read_bytes()).hexdigest()[:16] if own else ""
+    except OSError:
+        return ""
 
 
 @lru_cache(maxsize=16)

@@ -17,6 +17,7 @@ from vlmq_serve.format.config import QUANT_METHOD, QuantizationSpec
 from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.format.names import fused_members
 from vlmq_serve.format.scheme import Scheme
+from vlmq_serve.kernels import tables
 from vlmq_serve.kernels.choice import ENVIRONMENT, available_paths
 from vlmq_serve.quant_methods.backend import OVERRIDE, read_backend
 from vlmq_serve.quant_methods.inventory import Inventory, read_inventory
@@ -83,10 +84,11 @@ class VLMQConfig(QuantizationConfig):
             self.inventory = read_inventory(folder, self.spec)
 
     def _kernel_choice(self) -> str:
-        """What decides the kernel besides the checkpoint: our version, what can serve here, what is forced."""
+        """What decides the kernel besides the checkpoint: our version, what can serve here, force, a table."""
         device = torch.device(current_platform.device_type)
         available = available_paths(self.spec.scheme.bits, torch.bfloat16, device)
-        return f"{__version__} {' '.join(available)} {os.environ.get(ENVIRONMENT, '')}".rstrip()
+        # A table can leave layers to vLLM's kernels, which are other calls on other parameters.
+        return " ".join((__version__, *available, os.environ.get(ENVIRONMENT, ""), tables.fingerprint())).rstrip()
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Take over vLLM's names. Models call it once per nested model, some twice with the same mapper."""
