@@ -41,7 +41,8 @@ KERNELS = {GEMM: gemm_kernel, GEMV: gemv_kernel, WRITE: dequantize_kernel, ADD: 
 class Variant:
     """One compiled kernel: the case it serves, its tile and the architecture.
 
-    split: partial sums that the last program adds; tails: N and K that no tile divides.
+    split: partial sums that the last program adds; tails: N and K that no tile divides; adds: `sum_kernel`, with the
+    shape of a tile.
     """
 
     bits: int
