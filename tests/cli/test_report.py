@@ -1,6 +1,8 @@
 """`vlmq report` on real runs of the tiny random model."""
 
+import json
 import re
+import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -89,8 +91,12 @@ def test_a_run_without_data_shows_its_weights(tmp_path: Path) -> None:
 
 
 def test_no_run_is_one_error(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    damaged = Path(shutil.copytree(run / "vlmq", tmp_path / "damaged"))
+    content = json.loads((damaged / "run.json").read_text())
+    (damaged / "run.json").write_text(json.dumps({key: content[key] for key in content if key != "hashes"}))
     for arguments, message in (
         ([str(tmp_path)], "holds no run.json"),
+        ([str(damaged)], "without ['hashes']"),
         ([str(tmp_path / "x")], "no such folder"),
         ([str(run), "-o", str(tmp_path / "x" / "r.html")], "does not exist"),
     ):

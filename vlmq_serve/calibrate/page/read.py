@@ -12,6 +12,10 @@ from vlmq_serve.format.headers import read_json, read_tensor_index
 from vlmq_serve.format.scheme import SUFFIXES
 
 Row = Mapping[str, str]
+_SHOWN = {
+    "model", "method", "layers", "recipe", "hashes", "notes", "bytes_before", "bytes_after", "seconds", "total_seconds",
+    "peak_memory_mib",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def read_run(path: Path) -> RunRecord:
     run = read_json(folder / RUN_FILE)
     with (folder / LAYERS_FILE).open(encoding="utf-8") as handle:
         rows = list(csv.DictReader(handle))
-    absent = {"layers", "recipe", "bytes_before", "bytes_after", "seconds"} - run.keys()
+    absent = _SHOWN - run.keys()
     if absent or not rows:
         raise VLMQError(f"{folder}: got a run.json without {sorted(absent)}, or an empty layers.csv; calibrate again")
     whole = tuple(row for row in rows if row["module"] == LAYER_ROW and int(row["layer"]) < run["layers"])
