@@ -119,6 +119,19 @@ def test_a_missing_table_is_one_error(tmp_path: Path, monkeypatch: pytest.Monkey
         tables.measured_plans(H100)
 
 
+def test_no_table_from_kernels_that_are_all_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from vlmq_serve.kernels import triton_path
+    from vlmq_serve.kernels.bench.layers import Layer
+    from vlmq_serve.kernels.bench.measure import Settings
+    from vlmq_serve.kernels.bench.tuning import tune_layer
+
+    monkeypatch.setattr(triton_path, "run", lambda x, weight, _: x.new_zeros(x.shape[0], weight.out_features))
+    settings = Settings(torch.device("cpu"), torch.bfloat16, 0.0, 1e10)
+    with pytest.raises(VLMQError, match="W4 N=40 K=512 M=3: every kernel is wrong"):
+        next(tune_layer(Layer("test", "small", 40, 512), [3], ["w4g64"], settings))
+
+
 def test_a_table_is_measured_written_and_used(tmp_path: Path) -> None:
     """The whole way, in a process of its own with Triton's interpreter for a GPU."""
     pytest.importorskip("triton")

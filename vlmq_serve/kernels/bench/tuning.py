@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.format.scheme import Scheme
 from vlmq_serve.kernels.bench.candidates import Call, copies
 from vlmq_serve.kernels.bench.layers import Layer, random_weight
-from vlmq_serve.kernels.bench.measure import ERROR_LIMIT, Settings
+from vlmq_serve.kernels.bench.measure import CHECKED_FEATURES, CHECKED_ROWS, ERROR_LIMIT, Settings
 from vlmq_serve.kernels.bench.timing import cache_bytes, median_seconds
 from vlmq_serve.kernels.gpu import Gpu, gpu_of
 from vlmq_serve.kernels.plan import AUTO, DENSE, MAX_SPLIT, MAX_TILES, Plan, Shape, plan, programs_of
@@ -63,7 +64,7 @@ def _splits(rows: int, shape: Shape, gpu: Gpu, tile: Tile) -> list[int]:
 
 
 def tune_layer(layer: Layer, rows: Sequence[int], schemes: Sequence[str], settings: Settings) -> Iterator[list[Tuned]]:
-    """One list per M, an entry per scheme."""
+    """One list per M, an entry per scheme. Raises `VLMQError` where no kernel is right."""
     from vlmq_serve.kernels import triton_path
 
     weights = []
@@ -77,7 +78,7 @@ def tune_layer(layer: Layer, rows: Sequence[int], schemes: Sequence[str], settin
         size = first.qdata.numel() * 2 + first.scales.numel() * 2
         number = copies(size, 4 * cache_bytes(settings.device))
         clones = [replace(first, qdata=first.qdata.clone(), scales=first.scales.clone()) for _ in range(number)]
-        weights.append((clones, packed.dequantize()[:512].double()))
+        weights.append((clones, packed.dequantize()[:CHECKED_FEATURES].double()))
     for count in rows:
         x = torch.randn(count, layer.in_features, generator=torch.Generator().manual_seed(count))
         x = x.to(settings.device, settings.dtype)
@@ -89,11 +90,11 @@ def _tune_cell(x: Tensor, clones: "Sequence[Operand]", exact: Tensor, settings: 
 
     gpu = gpu_of(settings.device)
     shape = triton_path.shape_of(clones[0])
-    expected = x[:64].double() @ exact.T
+    expected = x[:CHECKED_ROWS].double() @ exact.T
     calls: dict[str, tuple[tuple[Call, ...], Tensor]] = {}
     plans: dict[str, Plan] = {}
     for chosen in options(x.shape[0], shape, gpu):
-        got = triton_path.run(x, clones[0], chosen)[:64, : exact.shape[0]].double()
+        got = triton_path.run(x, clones[0], chosen)[:CHECKED_ROWS, : exact.shape[0]].double()
         error = float((got - expected).norm() / expected.norm())
         if not error <= ERROR_LIMIT:
             logger.warning("wrong, and not in the table: %s at M=%d: error %.2g", chosen, x.shape[0], error)
@@ -101,6 +102,11 @@ def _tune_cell(x: Tensor, clones: "Sequence[Operand]", exact: Tensor, settings: 
         name = str(len(plans))
         plans[name] = chosen
         calls[name] = (tuple(_call(clone, chosen) for clone in clones), x)
+    if not calls:
+        raise VLMQError(
+            f"W{shape.bits} N={shape.out_features} K={shape.in_features} M={x.shape[0]}: every kernel is wrong: there "
+            "is no plan to choose; see the warnings above, and run tests/kernels/test_gpu.py"
+        )
     times = median_seconds(calls, settings.device, settings.seconds)
     best = min(times, key=lambda name: times[name])
     ruled = plan(x.shape[0], replace(shape, measured=()), gpu, AUTO)
