@@ -2,7 +2,10 @@
 
 import json
 import random
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -111,3 +114,25 @@ def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = folder / "chats.jsonl"
     file.write_text("\n".join(lines) + "\n")
     return file
+
+
+@pytest.fixture
+def interrupted_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType, str, int], AbstractContextManager[None]]:
+    """`with interrupted_at(module, "function", 2):` is a run that ends by Ctrl-C at the second call of the function."""
+
+    @contextmanager
+    def run(module: ModuleType, name: str, call: int) -> Iterator[None]:
+        original, calls = getattr(module, name), []
+
+        def counted(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == call:
+                raise KeyboardInterrupt
+            return original(*args, **kwargs)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, counted)
+            with pytest.raises(KeyboardInterrupt):
+                yield
+
+    return run

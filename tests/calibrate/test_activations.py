@@ -147,7 +147,7 @@ def test_six_bits_live_in_words_of_eight(tiny_model, tmp_path):
     assert spec.settings["activation_bits"] == 6
 
 
-def test_an_interrupted_run_goes_on_with_its_ranges(tiny_model, data_file, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on_with_its_ranges(tiny_model, data_file, tmp_path, interrupted_at):
     from vlmq_serve.calibrate import pipeline
     from vlmq_serve.format.headers import read_tensor_index
     from vlmq_serve.format.shards import read_tensors
@@ -155,18 +155,8 @@ def test_an_interrupted_run_goes_on_with_its_ranges(tiny_model, data_file, tmp_p
     recipe = make_recipe(method="gptq", bits=4, group_size=32, activation_bits=4, activation_range="channel", samples=3,
                          device="cpu")  # fmt: skip
     calibrate(tiny_model, tmp_path / "whole", data_file, recipe)
-    original, calls = pipeline.quantize_layer, []
-
-    def interrupted(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "quantize_layer", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            calibrate(tiny_model, tmp_path / "out", data_file, recipe)
+    with interrupted_at(pipeline, "quantize_layer", 2):
+        calibrate(tiny_model, tmp_path / "out", data_file, recipe)
     calibrate(tiny_model, tmp_path / "out", data_file, recipe, resume=True)
     names = list(read_tensor_index(tmp_path / "whole"))
     first, second = read_tensors(tmp_path / "whole", names), read_tensors(tmp_path / "out", names)

@@ -172,23 +172,13 @@ def test_equalized_rounding_beats_rounding(tiny_model, data_file, tmp_path, meth
     assert errors[f"{method}-gptq"] < 0.9 * errors["rtn"]
 
 
-def test_an_interrupted_run_goes_on_with_its_norms(tiny_model, data_file, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on_with_its_norms(tiny_model, data_file, tmp_path, interrupted_at):
     from vlmq_serve.calibrate import layer as layer_module
 
     recipe = make_recipe(method="awq", bits=3, group_size=32, samples=3, device="cpu")
     calibrate(tiny_model, tmp_path / "whole", data_file, recipe)
-    original, calls = layer_module.measure_importance, []
-
-    def interrupted(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(layer_module, "measure_importance", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            calibrate(tiny_model, tmp_path / "out", data_file, recipe)
+    with interrupted_at(layer_module, "measure_importance", 3):
+        calibrate(tiny_model, tmp_path / "out", data_file, recipe)
     calibrate(tiny_model, tmp_path / "out", data_file, recipe, resume=True)
     names = list(read_tensor_index(tmp_path / "whole"))
     first, second = read_tensors(tmp_path / "whole", names), read_tensors(tmp_path / "out", names)

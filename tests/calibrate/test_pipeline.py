@@ -84,22 +84,12 @@ def test_rtn_without_data_equals_rtn_with_data(tiny_model, data_file, tmp_path):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_interrupted_run_resumes_to_the_same_checkpoint(tiny_model, data_file, tmp_path, monkeypatch):
+def test_interrupted_run_resumes_to_the_same_checkpoint(tiny_model, data_file, tmp_path, interrupted_at):
     settings = recipe(method="vlmq", save_saliency=2)
     calibrate(tiny_model, tmp_path / "whole", data_file, settings)
-    original, calls = layer_module.measure_importance, []
-
-    def interrupted(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
-
     out = tmp_path / "out"
-    with monkeypatch.context() as patched:
-        patched.setattr(layer_module, "measure_importance", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            calibrate(tiny_model, out, data_file, settings)
+    with interrupted_at(layer_module, "measure_importance", 3):
+        calibrate(tiny_model, out, data_file, settings)
     assert not out.exists()
     with pytest.raises(VLMQError, match="interrupted run"):
         calibrate(tiny_model, out, data_file, settings)

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from vlmq_serve.calibrate.dependency import conditional_entropy, partition, soft_assignment
-from vlmq_serve.calibrate.layer import quantize_layer
 from vlmq_serve.calibrate.percentiles import PERCENTILES
 from vlmq_serve.calibrate.pipeline import calibrate
 from vlmq_serve.calibrate.recipe import make_recipe
@@ -93,22 +92,12 @@ def test_joint_search_is_no_worse_than_no_clipping(tiny_model, data_file, tmp_pa
     assert config["method"] == "qvlm"
 
 
-def test_an_interrupted_block_is_searched_again(tiny_model, data_file, tmp_path, monkeypatch):
+def test_an_interrupted_block_is_searched_again(tiny_model, data_file, tmp_path, interrupted_at):
     from vlmq_serve.calibrate import pipeline
 
     qvlm(tiny_model, data_file, tmp_path / "whole", dependency_threshold=0.0)
-    calls = []
-
-    def interrupted(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return quantize_layer(*args, **kwargs)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "quantize_layer", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            qvlm(tiny_model, data_file, tmp_path / "out", dependency_threshold=0.0)
+    with interrupted_at(pipeline, "quantize_layer", 2):
+        qvlm(tiny_model, data_file, tmp_path / "out", dependency_threshold=0.0)
     recipe = make_recipe(method="qvlm", bits=3, group_size=-1, samples=2, device="cpu", dependency_threshold=0.0)
     calibrate(tiny_model, tmp_path / "out", data_file, recipe, resume=True)
     names = list(read_tensor_index(tmp_path / "whole"))
