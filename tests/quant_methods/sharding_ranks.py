@@ -19,7 +19,7 @@ from vlmq_serve.format.scheme import Scheme
 from vlmq_serve.format.weight import PackedWeight
 
 HIDDEN, WIDE, HEAD, HEADS, SHARED = 256, 1024, 32, 16, 4
-TOLERANCE = 1e-2  # outputs reach 100; the CPU kernel rounds x to 2^-16 of its largest value, a wrong row is off by 10
+TOLERANCE = 1e-3
 RANKS = (1, 2, 4, 8)
 
 

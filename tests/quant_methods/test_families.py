@@ -18,10 +18,16 @@ from vlmq_serve.format.headers import quantized_modules, read_tensor_index
 from vlmq_serve.format.names import part_of_model
 
 pytestmark = pytest.mark.serve
-# float32 with inputs of 16 bits in the CPU's kernel; random weights of this size give logits far apart.
-TOLERANCE = 1e-2
+TOLERANCE = 2e-3  # float32
 SEEN = 2e-2
 PROMPTS = [[5, 99, 300, 41, 77], list(range(20, 60))]
+
+
+@pytest.fixture(autouse=True)
+def exact_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tested is how families are wired; the CPU's kernel, with inputs of 16 bits, is held to limits of its own
+    in tests/kernels and serves in test_engine.py."""
+    monkeypatch.setenv("VLMQ_KERNEL", "reference")
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
