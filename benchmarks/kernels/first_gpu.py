@@ -36,7 +36,7 @@ from vlmq_serve.kernels.tables import file_name
 ROOT = Path(__file__).resolve().parents[2]
 VLMQ = (sys.executable, "-c", "from vlmq_serve.cli import app; app()")
 PEERS = ("vllm", "humming", "gemlite")
-BITS = (4, 3, 2)
+BITS = (4, 3, 2, 8)
 
 
 @dataclass(frozen=True)

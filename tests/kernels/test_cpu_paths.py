@@ -7,6 +7,7 @@ import torch
 
 from tests.kernels.weights import exact_weight, random_weight, relative_error
 from vlmq_serve.format.errors import VLMQError
+from vlmq_serve.format.scheme import ALLOWED_BITS
 from vlmq_serve.format.weight import PackedWeight
 from vlmq_serve.kernels import PreparedWeight, linear, nibbles, prepare
 from vlmq_serve.kernels.choice import ENVIRONMENT, choose_path
@@ -202,7 +203,8 @@ def test_forced_path_that_cannot_serve(
 
 
 def test_choice_on_a_gpu_needs_no_gpu_to_be_decided() -> None:
-    assert choose_path(3, torch.bfloat16, torch.device("cuda")) == "triton"
+    for bits in ALLOWED_BITS:
+        assert choose_path(bits, torch.bfloat16, torch.device("cuda")) == "triton"
     assert choose_path(3, torch.float32, torch.device("cuda")) == "reference"
 
 

@@ -1,6 +1,6 @@
 """The Triton family on a real GPU: what the interpreter cannot show. Skipped without one.
 
-`python -m benchmarks.kernels.first_gpu` runs one process per width, by the w2, w3 and w4 in the names.
+`python -m benchmarks.kernels.first_gpu` runs one process per width, by the w2, w3, w4 and w8 in the names.
 """
 
 import pytest
@@ -18,7 +18,7 @@ ROWS = (1, 2, 8, 9, 33, 130, 512, 513, 4096)
 PATHS = ("triton", "triton_second_launch", "triton_gemv", "triton_dense", "triton_fused")
 REPEATS = 200
 """Products that must be equal: programs arrive in another order every time."""
-WIDTHS = pytest.mark.parametrize("bits", [4, 3, 2], ids=lambda bits: f"w{bits}")
+WIDTHS = pytest.mark.parametrize("bits", [4, 3, 2, 8], ids=lambda bits: f"w{bits}")
 
 
 def prepared_and_packed(

@@ -47,7 +47,7 @@ def shape(out_features: int, in_features: int, bits: int, measured: tuple[tuple[
 
 
 @pytest.mark.parametrize("gpu", [H100, A100, RTX_4090], ids=lambda g: str(g.arch))
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_tile_grows_with_rows_and_the_dense_product_takes_over(gpu: Gpu, bits: int) -> None:
     family = tiles(bits, gpu.arch)
     for rows in range(1, DENSE_ABOVE + 2, 7):
@@ -71,7 +71,7 @@ def test_narrow_layers_are_split_along_k_and_wide_ones_are_not() -> None:
     rows=st.integers(1, 16384),
     out_features=st.integers(1, 1 << 17),
     in_features=st.integers(1, 1 << 10).map(lambda n: 32 * n),
-    bits=st.sampled_from([2, 3, 4]),
+    bits=st.sampled_from([2, 3, 4, 8]),
     gpu=st.sampled_from([H100, A100, RTX_4090, Gpu(75, 16, 4 << 30), Gpu(120, 170, 32 << 30)]),
 )
 def test_every_product_has_a_plan_within_bounds(
@@ -141,7 +141,7 @@ def test_a_measured_split_is_cut_to_the_slabs_there_are() -> None:
 def test_what_is_compiled_while_loading_is_all_that_any_m_needs(
     gpu: Gpu, measured: tuple[tuple[int, Plan], ...], kind: str
 ) -> None:
-    for bits, (n, k) in itertools.product((3, 4), ((3584, 3584), (37888, 3584), (40, 96))):
+    for bits, (n, k) in itertools.product((3, 4, 8), ((3584, 3584), (37888, 3584), (40, 96))):
         weight = shape(n, k, bits, measured)
         ready = representatives(weight, gpu, kind)
         every = (*range(1, 140), *range(140, 20000, 61), 512, 513, 700, 701, 4096, 4097)
@@ -151,7 +151,7 @@ def test_what_is_compiled_while_loading_is_all_that_any_m_needs(
 
 @pytest.mark.parametrize("gpu", [H100, A100, RTX_4090], ids=lambda g: str(g.arch))
 def test_plans_worth_a_measurement_can_run_and_can_be_written(gpu: Gpu) -> None:
-    for bits, rows in itertools.product((2, 3, 4), (1, 2, 3, 16, 33, 512, 2048)):
+    for bits, rows in itertools.product((2, 3, 4, 8), (1, 2, 3, 16, 33, 512, 2048)):
         weight = shape(3584, 3584, bits)
         found = options(rows, weight, gpu)
         assert found[0] == plan(rows, weight, gpu)
@@ -159,12 +159,12 @@ def test_plans_worth_a_measurement_can_run_and_can_be_written(gpu: Gpu) -> None:
         tiles_named = {t.tile for t in found if t.tile}
         assert tiles_named <= set(known_tiles(bits, gpu.arch))
         assert all(t.split <= weight.slabs and programs_of(rows, weight, t.tile) <= MAX_TILES for t in found if t.tile)
-        assert any(t.gemv for t in tiles_named) == (rows <= (1 if bits == 3 else 2))
+        assert any(t.gemv for t in tiles_named) == (rows <= (1 if bits in (3, 8) else 2))
         assert any(p.tile is None for p in found) == (rows >= 64)
 
 
 def test_a_table_can_name_each_tile_without_doubt() -> None:
-    for bits, arch in itertools.product((2, 3, 4), (75, 80, 89, 90, 120)):
+    for bits, arch in itertools.product((2, 3, 4, 8), (75, 80, 89, 90, 120)):
         names = [(t.rows_m, t.rows_n) for t in known_tiles(bits, arch)]
         assert len(set(names)) == len(names)
 

@@ -12,7 +12,7 @@ from vlmq_serve.kernels import planes
 pytestmark = pytest.mark.unit
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_fields_cover_every_bit_of_every_word_once(bits: int) -> None:
     taken = []
     for word, plane, shift, source, mask in planes.bit_fields(bits):
@@ -22,7 +22,7 @@ def test_fields_cover_every_bit_of_every_word_once(bits: int) -> None:
     assert sorted(taken) == [(w, b) for w in range(planes.WORDS[bits]) for b in range(16)]
 
 
-@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 def test_every_word_round_trips(bits: int) -> None:
     """All 65,536 words: unpack, pack, same word."""
     words = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).reshape(1, 1, 2**11, 32)
@@ -41,7 +41,7 @@ def test_every_w3_word_round_trips_in_each_place() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    bits=st.sampled_from([2, 3, 4]),
+    bits=st.sampled_from([2, 3, 4, 8]),
     rows=st.integers(1, 9),
     slabs=st.integers(1, 3),
     choice=st.integers(0, 2),
@@ -73,6 +73,8 @@ def test_plane_is_a_contiguous_range_of_k() -> None:
         (8960, 128, 2, 256), (8960, 128, 3, 256), (8960, 64, 4, 256),
         (18944 // 4, 128, 4, 128), (18944 // 4, 128, 2, 128), (1536, 32, 4, 128), (1536, 32, 2, 256),
         (96, 32, 2, 128), (96, 32, 3, 256), (96, -1, 4, 64),
+        (3584, 128, 8, 128), (1280, 64, 8, 128), (5120, 64, 8, 128), (1536, 32, 8, 64), (3424, 32, 8, 64),
+        (3420, -1, 8, 64),
     ],
 )  # fmt: skip
 def test_slab_length(cols: int, group: int, bits: int, expected: int) -> None:
@@ -84,7 +86,7 @@ def test_slab_length(cols: int, group: int, bits: int, expected: int) -> None:
     assert length % width == 0 or length == cols
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("cols", [96, 512, 1280])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_prepare_pads_with_weights_of_zero(bits: int, cols: int, symmetric: bool) -> None:
@@ -103,7 +105,7 @@ def test_prepare_pads_with_weights_of_zero(bits: int, cols: int, symmetric: bool
     assert not dense[:, cols:].any()
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize(("cols", "ranks"), [(18944, 2), (18944, 4), (8960, 2), (3584, 4), (1536, 8)])
 def test_row_parallel_shards_hold_their_range_of_k(bits: int, cols: int, ranks: int) -> None:
     """A rank packs its own columns: slabs as its K demands, its codes, scales and zeros, and no bit more."""
@@ -124,7 +126,7 @@ def test_row_parallel_shards_hold_their_range_of_k(bits: int, cols: int, ranks: 
         assert words.numel() * 16 == 5 * bits * share if exact else words.numel() * 16 < 5 * bits * (share + 256)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_shards_at_slab_boundaries_are_slices(bits: int) -> None:
     """Of the whole weight's words: ranges of slabs for row-parallel layers, ranges of rows for column-parallel ones."""
     codes = torch.randint(0, 2**bits, (24, 4096), dtype=torch.uint8)
@@ -135,7 +137,7 @@ def test_shards_at_slab_boundaries_are_slices(bits: int) -> None:
     assert torch.equal(planes.pack_planes(codes[7:19], bits, slab), words[:, :, 7:19])
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_the_second_half_of_a_slab_looks_like_the_first_after_a_shift(bits: int) -> None:
     """What a kernel that takes half slabs relies on: W3 in word h and byte h of word 2, the others in byte h."""
     slab = planes.SLABS[bits][0]

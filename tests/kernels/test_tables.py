@@ -55,12 +55,13 @@ def test_layers_can_be_left_to_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert dict(tables.measured_plans(H100)) == {KEY: tuple(PLANS.items())}
 
 
-def test_every_tile_survives_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plans = {m + 1: Plan(t) for m, t in enumerate(known_tiles(3, 90)) if not t.gemv}
-    rows = [tables.row_of((3, 64, 512), m, p) for m, p in plans.items()]
+@pytest.mark.parametrize("bits", [3, 8])
+def test_every_tile_survives_the_file(bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = {m + 1: Plan(t) for m, t in enumerate(known_tiles(bits, 90)) if not t.gemv}
+    rows = [tables.row_of((bits, 64, 512), m, p) for m, p in plans.items()]
     tables.write(tmp_path / "t.json", tables.Table(device=H100.name, arch=90, plans=rows))
     monkeypatch.setenv(tables.ENVIRONMENT, str(tmp_path / "t.json"))
-    assert tables.measured_plans(H100)[3, 64, 512] == tuple(plans.items())
+    assert tables.measured_plans(H100)[bits, 64, 512] == tuple(plans.items())
 
 
 def test_a_shipped_table_is_found_by_the_name_of_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,6 +94,7 @@ def broken(**changes: Any) -> str:
         ("{", "is not JSON"),
         ("[]", "the file: Input should be"),
         (broken(device="NVIDIA L4"), "is for 'NVIDIA L4', this GPU is 'NVIDIA H100 80GB HBM3'"),
+        (broken(row={"bits": 5}), "plans.0.bits: Value error, allowed [2, 3, 4, 8], got 5"),
         (broken(row={"split": 3}), "plans.0.split: Input should be 1, 2, 4 or 8, got 3"),
         (broken(row={"kernel": "best"}), "plans.0.kernel: Input should be 'gemv', 'fused' or 'dense', got 'best'"),
         (broken(row={"warp": 3}), "plans.0.warp"),

@@ -56,7 +56,9 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("kind", [AUTO, FUSED, GEMV, SECOND_LAUNCH])
-@pytest.mark.parametrize(("bits", "out_features", "in_features"), [(4, 272, 1024), (3, 40, 1056), (2, 1, 512)])
+@pytest.mark.parametrize(
+    ("bits", "out_features", "in_features"), [(4, 272, 1024), (3, 40, 1056), (2, 1, 512), (8, 48, 1056)]
+)
 def test_a_request_compiles_nothing(
     bits: int, out_features: int, in_features: int, kind: str, compiled: set[str]
 ) -> None:

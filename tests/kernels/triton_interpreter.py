@@ -51,6 +51,19 @@ def packed_fma(a: np.ndarray, b: np.ndarray, c: np.ndarray, bf16: bool) -> np.nd
     return float_to_bf16(single).view(np.uint32)
 
 
+def select_bytes(low: np.ndarray, high: np.ndarray, selector: int) -> np.ndarray:
+    """prmt.b32: each of the four result bytes is one of the eight of `low` and `high`."""
+    both = low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32)
+    result = np.zeros_like(low)
+    for place in range(4):
+        source = selector >> 4 * place & 0xF
+        if source > 7:
+            raise NotImplementedError("prmt that replicates a sign")
+        byte = (both >> np.uint64(8 * source)).astype(np.uint32) & np.uint32(0xFF)
+        result |= byte << np.uint32(8 * place)
+    return result
+
+
 def run_ptx(text: str, inputs: list[np.ndarray], outputs: int) -> list[np.ndarray]:
     """Values of the output registers $0, $1, … after an inline assembly block; the inputs, uint32, follow them."""
     registers = {f"${i + outputs}": value for i, value in enumerate(inputs)}
@@ -73,6 +86,8 @@ def run_ptx(text: str, inputs: list[np.ndarray], outputs: int) -> list[np.ndarra
             registers[target] = value(operands[0])
         elif name == "lop3.b32" and operands[3] == AND_OR:
             registers[target] = (value(operands[0]) & value(operands[1])) | value(operands[2])
+        elif name == "prmt.b32":
+            registers[target] = select_bytes(value(operands[0]), value(operands[1]), int(operands[2], 0))
         elif name in ("fma.rn.f16x2", "fma.rn.bf16x2"):
             registers[target] = packed_fma(*(value(o) for o in operands), bf16="bf16" in name)
         else:
@@ -145,11 +160,16 @@ def run_case(case: dict) -> dict:
     generator = torch.Generator().manual_seed(bits + rows + cols)
     shape = (rows, scheme.num_groups(cols))
     codes = torch.randint(0, 2**bits, (rows, cols), generator=generator)
+    if case["identity"]:
+        codes = torch.arange(cols).remainder(2**bits).expand(rows, cols)
     # Scales over four binades and down to small ones: a subnormal intermediate in fp16 would show.
     scales = (torch.rand(shape, generator=generator) + 0.5) * 2.0 ** -torch.randint(5, 10, shape, generator=generator)
     zeros = None if scheme.symmetric else torch.randint(0, 2**bits, shape, generator=generator)
+    if case["identity"]:
+        zeros = torch.arange(rows)[:, None]
     weight = PackedWeight.from_codes(codes, scales.to(dtype), zeros, scheme)
-    x = torch.randn(case["m"], cols, generator=generator).to(dtype)
+    x = torch.eye(cols) if case["identity"] else torch.randn(case["m"], cols, generator=generator)
+    x = x.to(dtype)
     plan.MAX_SPLIT = case["split"]
     plan.SCRATCH_MAX = case["scratch"] or SCRATCH_MAX
     prepared = prepare(weight, dtype, "cpu", case["path"])
@@ -165,7 +185,8 @@ def run_case(case: dict) -> dict:
     settled = not bool((scratch.counters(torch.device("cpu")) % plan.ARRIVALS).any())
     digest = hashlib.sha256(y.view(torch.int16).numpy().tobytes()).hexdigest()
     return {"shape": list(y.shape), "dtype": str(y.dtype), "error": error(y), "plain": error(plain),
-            "digest": digest, "settled": settled}  # fmt: skip
+            "digest": digest, "settled": settled,
+            "same_bits": bool(case["identity"]) and torch.equal(y.t(), dense.to(dtype))}  # fmt: skip
 
 
 def fill_gaps() -> None:

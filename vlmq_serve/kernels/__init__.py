@@ -1,4 +1,4 @@
-"""Matrix products with 2, 3 and 4-bit weights: Triton on GPUs, our own C++ on CPUs, a plain reference.
+"""Matrix products with 2, 3, 4 and 8-bit weights: Triton on GPUs, our own C++ on CPUs, a plain reference.
 
 Importing this package imports neither Triton nor CUDA and registers no operator; `prepare` does what is needed.
 """

@@ -6,6 +6,7 @@ import os
 import torch
 
 from vlmq_serve.format.errors import VLMQError
+from vlmq_serve.format.scheme import ALLOWED_BITS
 from vlmq_serve.kernels import native
 from vlmq_serve.kernels.nibbles import int4_kernel_block
 from vlmq_serve.kernels.plan import AUTO, DENSE, FUSED, GEMV, SECOND_LAUNCH
@@ -24,8 +25,8 @@ PATHS = (REFERENCE, CPU_INT16, CPU_INT4, CPU_DEQUANT, *TRITON_KINDS)
 CPU_ORDER = (CPU_INT16, CPU_INT4, CPU_DEQUANT)
 """By preference; the later ones serve where our own kernels could not be compiled. Measured: docs/kernels.md."""
 ENVIRONMENT = "VLMQ_KERNEL"
-FAST_BITS = (2, 3, 4)
-INT16_BITS = (*FAST_BITS, 8)
+NIBBLE_BITS = (2, 3, 4)
+"""Of the CPU paths that hold 4 bits at every width; all others hold each width that a checkpoint may have."""
 ACTIVATIONS = (torch.float32, torch.float16, torch.bfloat16)
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ def _refusal(path: str, bits: int, dtype: torch.dtype, device: torch.device) -> 
     """Why `path` cannot serve; None when it can."""
     if path == REFERENCE:
         return None
-    held = INT16_BITS if path == CPU_INT16 else FAST_BITS
+    held = NIBBLE_BITS if path in (CPU_INT4, CPU_DEQUANT) else ALLOWED_BITS
     if bits not in held:
         return f"it holds {held} bits"
     if path in TRITON_KINDS:

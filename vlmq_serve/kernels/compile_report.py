@@ -15,6 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from vlmq_serve.format.scheme import ALLOWED_BITS
 from vlmq_serve.kernels import sass
 from vlmq_serve.kernels.planes import PLANES, slab_length
 from vlmq_serve.kernels.tiles import (
@@ -128,7 +129,7 @@ def variants() -> Iterator[Variant]:
     registers, with a split K and in the most general form; other groups at one row and at few on sm_90; on sm_89,
     which differs from sm_80 by its shared memory, the general form; dequantizing and adding kernels.
     """
-    for bits in (2, 3, 4):
+    for bits in ALLOWED_BITS:
         for arch in (80, 90):
             yield from _of_width(bits, arch)
         yield from (Variant(bits, "bf16", 128, t, 89, True, True) for t in known_tiles(bits, 89))

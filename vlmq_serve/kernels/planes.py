@@ -5,6 +5,7 @@ of every plane, code p being K index slab*KB + p*KW + j, so unpacking a bit posi
 yields weights for one contiguous range of x and nothing is ever interleaved or transposed. int16 and not int32:
 two neighbours along K then share a register, which is the fragment layout of the matrix instructions.
 
+    W8  1 word,  2 planes: code p in bits [8p, 8p+8)
     W4  1 word,  4 planes: code p in bits [4p, 4p+4)
     W2  1 word,  8 planes: code p in bits [2p, 2p+2)
     W3  3 words, 16 planes in two halves h of 8 codes, of which the first five are in word h in bits [3c, 3c+3), two in
@@ -15,7 +16,7 @@ So half of the planes is a byte of every word, or with 3 bits a word and a byte,
 time, half h looking like half 0 after a shift by 8h.
 
 Words are stored [slabs, words, N, KW]: a tile of rows is one contiguous run, and a tensor-parallel shard is a
-slice (rows) or a range of slabs (columns). Exactly 2, 3 and 4 bits per weight where a slab divides K.
+slice (rows) or a range of slabs (columns). Exactly 2, 3, 4 and 8 bits per weight where a slab divides K.
 """
 
 import torch
@@ -23,10 +24,10 @@ from torch import Tensor
 
 from vlmq_serve.format.weight import PackedWeight
 
-PLANES = {2: 8, 3: 16, 4: 4}
-WORDS = {2: 1, 3: 3, 4: 1}
-SLABS = {2: (512, 256, 128), 3: (512, 256), 4: (256, 128, 64)}
-"""Codes per slab, best first: as long as registers allow (4 bits) and planes of at least 16, which a matrix
+PLANES = {2: 8, 3: 16, 4: 4, 8: 2}
+WORDS = {2: 1, 3: 3, 4: 1, 8: 1}
+SLABS = {2: (512, 256, 128), 3: (512, 256), 4: (256, 128, 64), 8: (128, 64)}
+"""Codes per slab, best first: as long as registers allow (4 and 8 bits) and planes of at least 16, which a matrix
 instruction needs."""
 
 

@@ -17,12 +17,13 @@ from collections import defaultdict
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from vlmq_serve.format.errors import VLMQError
+from vlmq_serve.format.scheme import ALLOWED_BITS
 from vlmq_serve.kernels.gpu import Gpu, gpu_of
 from vlmq_serve.kernels.plan import Plan
 from vlmq_serve.kernels.tiles import Tile, known_tiles
@@ -34,12 +35,21 @@ Key = tuple[int, int, int]
 """(bits, N, K)"""
 
 
+def _known_width(bits: int) -> int:
+    if bits not in ALLOWED_BITS:
+        raise ValueError(f"allowed {list(ALLOWED_BITS)}")
+    return bits
+
+
+Bits = Annotated[int, AfterValidator(_known_width)]
+
+
 class Row(BaseModel):
     """One plan. `dense` takes no tile and no split: its parts follow from the memory of the GPU."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    bits: Literal[2, 3, 4]
+    bits: Bits
     N: int = Field(ge=1)
     K: int = Field(ge=1)
     M: int = Field(ge=1)
@@ -55,7 +65,7 @@ class LayerRow(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    bits: Literal[2, 3, 4]
+    bits: Bits
     N: int = Field(ge=1)
     K: int = Field(ge=1)
 

@@ -43,22 +43,25 @@ def tiles(bits: int, arch: int) -> tuple[Tile, ...]:
     Fewest warps and most stages that neither spill nor overrun shared memory in the static table, tails of N and K and
     a split K included. The widest tile takes half a slab at a time at 2 and 3 bits: x for a slab of 512 would leave
     Hopper's shared memory room for one stage, that is no pipeline, and fill the registers elsewhere, where the
-    fragments of weights and sums share them: hence more warps there, from 64 rows on, at 2 and 3 bits from 32.
+    fragments of weights and sums share them: hence more warps there, from 64 rows on, at 2 and 3 bits from 32. Slabs
+    of 8 bits are half as long as those of 4: less in registers, and a stage more, which reaches as far ahead.
     """
-    widest = Tile(128, 128, 8, 2, 1 if bits == 4 else 2)
+    short = bits in (4, 8)
+    deep = 3 if bits == 8 and arch in SHARED_MEMORY else 2
+    widest = Tile(128, 128, 8, deep, 1 if short else 2)
     few = (Tile(8, 128, 4, 3), Tile(16, 128, 4, 2 if (bits, arch) == (3, 80) else 3))
     if arch == 90:
-        return (*few, Tile(32, 128, 4, 3), Tile(64, 128, 8 if bits == 2 else 4, 2), widest)
-    medium = (Tile(32, 128, 4 if bits == 4 else 8, 3 if arch == 80 else 2), Tile(64, 128, 8, 2))
-    # 8.9 has the registers of 8.0, but the compiler spills the widest tile of 4 bits there.
-    return (*few, *medium) if bits == 4 and arch != 80 else (*few, *medium, widest)
+        return (*few, Tile(32, 128, 4, 3), Tile(64, 128, 8 if bits == 2 else 4, deep), widest)
+    medium = (Tile(32, 128, 4 if short else 8, 3 if arch == 80 else 2), Tile(64, 128, 4 if bits == 8 else 8, deep))
+    # 8.9 has the registers of 8.0, but the compiler spills the widest tile of 4 and of 8 bits there.
+    return (*few, *medium) if short and arch != 80 else (*few, *medium, widest)
 
 
 def gemv_tiles(bits: int) -> tuple[Tile, ...]:
-    """Tiles without matrix instructions, for one row of x and, where its sums fit the registers, for two: no rule
-    chooses them, a table may."""
+    """Tiles without matrix instructions, for one row of x and, at 2 and 4 bits, where they do not spill, for two: no
+    rule chooses them, a table may."""
     one = Tile(1, 128, 4, 3)
-    return (one,) if bits == 3 else (one, Tile(2, 64, 4, 2))
+    return (one, Tile(2, 64, 4, 2)) if bits in (2, 4) else (one,)
 
 
 def narrow_tiles(bits: int, arch: int) -> tuple[Tile, ...]:

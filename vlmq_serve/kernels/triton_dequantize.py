@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from vlmq_serve.kernels.triton_unpack import _group, _offset, _plane, _words
+from vlmq_serve.kernels.triton_unpack import _factor, _group, _offset, _plane, _words
 
 
 @triton.jit(do_not_specialize=["first", "stop"])
@@ -26,7 +26,8 @@ def dequantize_kernel(
         if p % IN_GROUP == 0:
             row = 0 if G == 0 else (b * PLANES_ + p) * KW // G
             scale, zero = _group(g_ptr, row, rn, n_mask, N, BF16, EVEN_N)
-        w = _plane(u, v, t, _offset(zero, p, BITS, BF16)[:, None], scale[:, None], p, BITS, BF16)
+        offset = _offset(zero, p, BITS, BF16)[:, None]
+        w = _plane(u, v, t, offset, _factor(scale, BITS, BF16)[:, None], p, BITS, BF16)
         k = (b * PLANES_ + p) * KW + rj
         yp = y_ptr + ln[:, None] * K + k[None, :]
         if EVEN_N and EVEN_K:

@@ -1,4 +1,4 @@
-"""One Triton GEMM for 2, 3 and 4-bit weights: y[M, N] = x[M, K] @ ((q - zero) * scale)[N, K].T
+"""One Triton GEMM for 2, 3, 4 and 8-bit weights: y[M, N] = x[M, K] @ ((q - zero) * scale)[N, K].T
 
 The dequantized weight (`triton_unpack`) is the LEFT operand of the product (acc is [BN, BM]): on Hopper it stays in
 registers. Sums are fp32; K may be split over programs (`triton_reduce`).
@@ -12,7 +12,7 @@ import triton.language as tl
 from vlmq_serve.kernels.planes import PLANES
 from vlmq_serve.kernels.tiles import Tile
 from vlmq_serve.kernels.triton_reduce import _finish
-from vlmq_serve.kernels.triton_unpack import _group, _offset, _plane, _words
+from vlmq_serve.kernels.triton_unpack import _factor, _group, _offset, _plane, _words
 
 
 @triton.jit(do_not_specialize=["M", "slabs", "splits"])
@@ -52,7 +52,8 @@ def gemm_kernel(
             if p % IN_GROUP == 0:
                 row = 0 if G == 0 else (i * STEP + p) * KW // G
                 scale, zero = _group(g_ptr, row, rn, n_mask, N, BF16, EVEN_N)
-            w = _plane(u, v, t, _offset(zero, p, BITS, BF16)[:, None], scale[:, None], p, BITS, BF16)
+            offset = _offset(zero, p, BITS, BF16)[:, None]
+            w = _plane(u, v, t, offset, _factor(scale, BITS, BF16)[:, None], p, BITS, BF16)
             k = (i * STEP + p) * KW + rj
             xp = x_ptr + lm[None, :] * K + k[:, None]
             x = tl.load(xp, mask=m_mask if EVEN_K else m_mask & (k < K)[:, None], other=0.0)

@@ -5,6 +5,11 @@ Layout of the words: `planes`. A code becomes a float without conversion. OR-ed 
 exactly, in one packed FMA for two codes. Codes that do not fit the mantissa are shifted first, several by one shift.
 The zero is subtracted before the scale multiplies: folding both into one FMA would round a term of the size of
 base * scale to 16 bits.
+
+Codes of 8 bits are bytes, moved to where they belong by one `prmt` for two codes: into the mantissa of 2^10 (fp16), as
+above; bf16 has 7 bits of mantissa, but its subnormal numbers and the first binade above them lie one step of 2^-133
+apart, so a byte alone, in bits 0 to 7 of a bf16 number, is q * 2^-133, exactly. The FMA multiplies it by 2^127, the
+largest power of two there is, and subtracts zero * 2^-6; the scale times 2^6 brings q - zero back (`_factor`).
 """
 
 import triton
@@ -20,6 +25,8 @@ def _mantissa(bf16):
 @triton.constexpr_function
 def _position(plane, bits, bf16):
     """(shift of the word, bit e of the code in the mantissa after it) of a plane that lies in one word."""
+    if bits == 8:
+        return 0, 0  # `prmt` moves it
     if bits == 3:
         half, index = plane // 8, plane % 8
         if index == 7:
@@ -51,32 +58,37 @@ def _scaling(e, bf16):
 
 @triton.constexpr_function
 def _ptx(plane, bits, bf16):
-    """PTX for one plane, two codes at a time: the last two operands are -(base * 2^-e + zero) and the scale."""
+    """PTX for one plane, two codes at a time: the last two operands are those of `_offset` and `_factor`."""
     kind = "bf16x2" if bf16 else "f16x2"
     magic = _pair(0x4300 if bf16 else 0x6400)
     shift, e = _position(plane, bits, bf16)
-    if bits == 3 and plane % 8 == 7:
+    zero, scale = "$2", "$3"
+    if bits == 8:
+        # The magic bytes come first: there ptxas keeps them in a register, in the second place it moves them each time.
+        above = "0" if bf16 else _pair(0x6464)
+        code = f"mov.b32 b, {above}; prmt.b32 a, b, $1, {0x0705 if plane else 0x0604};"
+    elif bits == 3 and plane % 8 == 7:
         zero, scale = "$3", "$4"
         code = (
             f"shr.u32 a, $1, 15; lop3.b32 a, a, {_pair(1)}, {magic}, 0xEA;"
             f" shr.u32 b, $2, {5 + 8 * (plane // 8)}; lop3.b32 a, b, {_pair(6)}, a, 0xEA;"
         )
     else:
-        zero, scale = "$2", "$3"
         mask = _pair((2**bits - 1) << e)
         word = "a" if shift else "$1"
         code = f"shr.u32 a, $1, {shift}; " if shift else ""
         code += f"lop3.b32 a, {word}, {mask}, {magic}, 0xEA;"
+    factor = _pair(0x7F00 if bits == 8 and bf16 else _scaling(e, bf16))
     # bf16x2 has no plain multiplication before sm_90: it is an FMA with -0.
     return (
-        "{ .reg .b32 a, b, c; " + code + f" mov.b32 c, {_pair(_scaling(e, bf16))}; fma.rn.{kind} a, a, c, {zero};"
+        "{ .reg .b32 a, b, c; " + code + f" mov.b32 c, {factor}; fma.rn.{kind} a, a, c, {zero};"
         f" mov.b32 c, {_pair(0x8000)}; fma.rn.{kind} $0, a, {scale}, c; }}"
     )
 
 
 @triton.jit
 def _plane(u, v, t, zero, scale, P: tl.constexpr, BITS: tl.constexpr, BF16: tl.constexpr):
-    """Weights [BN, KW] of plane P from its words; zero (see `_ptx`) and scale are [BN, 1] 16-bit floats."""
+    """Weights [BN, KW] of plane P from its words; `_offset` and `_factor` are [BN, 1] 16-bit floats."""
     ptx: tl.constexpr = _ptx(P, BITS, BF16)
     word = v if BITS == 3 and P >= 8 else u
     if BITS == 3 and P % 8 == 7:
@@ -146,7 +158,14 @@ def _group(g_ptr, row, rn, mask, N, BF16: tl.constexpr, EVEN_N: tl.constexpr):
 
 @triton.jit
 def _offset(zero, P: tl.constexpr, BITS: tl.constexpr, BF16: tl.constexpr):
-    """-(base * 2^-e + zero) of plane P in the 16-bit type: a whole number, exact."""
+    """-(base * 2^-e + zero) of plane P in the 16-bit type, a whole number, or -zero * 2^-6 for bytes in bf16: exact."""
     BASE: tl.constexpr = 128.0 if BF16 else 1024.0
     DTYPE: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
-    return (-(BASE / _exponent(P, BITS, BF16)) - zero).to(DTYPE)
+    whole = -(BASE / _exponent(P, BITS, BF16)) - zero
+    return (zero * -(2.0**-6) if BITS == 8 and BF16 else whole).to(DTYPE)
+
+
+@triton.jit
+def _factor(scale, BITS: tl.constexpr, BF16: tl.constexpr):
+    """What multiplies the code of `_plane`, less its zero: the scale, times 2^6 for bytes in bf16."""
+    return (scale.to(tl.float32) * 2.0**6).to(tl.bfloat16) if BITS == 8 and BF16 else scale
