@@ -60,6 +60,15 @@ def test_measures_shows_and_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.unit
+@pytest.mark.usefixtures("tiny")
+def test_measures_symmetric_codes_of_8_bits(tmp_path: Path) -> None:
+    result = bench("-o", tmp_path / "k.csv", "--rows", 1, "--seconds", 0.001, "--bits", 8, "--symmetric")
+    assert result.exit_code == 0, result.output
+    found = kernel_results.read(tmp_path / "k.csv", measure.environment(settings()))
+    assert {row.scheme for row in found} == {"", "w8g128s"}
+
+
+@pytest.mark.unit
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

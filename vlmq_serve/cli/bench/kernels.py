@@ -27,6 +27,9 @@ def kernels(
     rows: Annotated[str, typer.Option(help="Values of M.")] = "",
     bits: Annotated[str, typer.Option(help="Widths.")] = "4,3,2",
     group_size: Annotated[str, typer.Option(help="Group sizes.")] = "128",
+    symmetric: Annotated[
+        bool, typer.Option("--symmetric", help="Codes without zero points, all that vLLM's Marlin takes at 8 bits.")
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = "",
     dtype: Annotated[str, typer.Option(help="16-bit type: bf16 or fp16.")] = "bf16",
     threads: Annotated[int, typer.Option(help="CPU threads; 0: as torch chooses.")] = 0,
@@ -58,7 +61,7 @@ def kernels(
     on_gpu = settings.device.type == "cuda"
     wanted = _layers(models or ("2B,7B" if on_gpu else "2B"), layers or ("qkv,down" if quick else ""))
     counts = _numbers("rows", rows or (QUICK_ROWS if quick else GPU_ROWS if on_gpu else CPU_ROWS))
-    schemes = _schemes(_numbers("bits", bits), _numbers("group-size", group_size))
+    schemes = _schemes(_numbers("bits", bits), _numbers("group-size", group_size), symmetric)
     where = environment(settings)
     if write_table is not None:
         kernel_tables.check(settings)
@@ -131,10 +134,10 @@ def _numbers(option: str, text: str) -> list[int]:
         raise VLMQError(f"--{option}: got {text!r}, expected whole numbers with commas between") from None
 
 
-def _schemes(bits: list[int], groups: list[int]) -> list[str]:
+def _schemes(bits: list[int], groups: list[int], symmetric: bool) -> list[str]:
     from vlmq_serve.format.scheme import Scheme
 
-    return [str(Scheme(width, group)) for group in groups for width in bits]
+    return [str(Scheme(width, group, symmetric)) for group in groups for width in bits]
 
 
 def _peers(on_gpu: bool) -> list:
