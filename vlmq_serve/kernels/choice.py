@@ -15,15 +15,20 @@ REFERENCE = "reference"
 CPU_INT4 = "cpu_int4"
 CPU_DEQUANT = "cpu_dequant"
 CPU_INT16 = "cpu_int16"
+CPU_INT8 = "cpu_int8"
+INTEGER_BITS = {CPU_INT16: 16, CPU_INT8: 8}
+"""Paths with integer products, and the bits to which they round activations."""
 TRITON = "triton"
 TRITON_KINDS = {
     TRITON: AUTO, "triton_fused": FUSED, "triton_dense": DENSE, "triton_gemv": GEMV,
     "triton_second_launch": SECOND_LAUNCH,
 }  # fmt: skip
 """Paths on the plane layout: by M, or a part of the family forced (`plan.KINDS`)."""
-PATHS = (REFERENCE, CPU_INT16, CPU_INT4, CPU_DEQUANT, *TRITON_KINDS)
+PATHS = (REFERENCE, CPU_INT16, CPU_INT8, CPU_INT4, CPU_DEQUANT, *TRITON_KINDS)
 CPU_ORDER = (CPU_INT16, CPU_INT4, CPU_DEQUANT)
-"""By preference; the later ones serve where our own kernels could not be compiled. Measured: docs/kernels.md."""
+"""By preference; the later ones serve where our own kernels could not be compiled. Measured: docs/kernels.md.
+`cpu_int8`
+is not among them: it is less exact than the activations that it is given, so the user has to ask for it."""
 ENVIRONMENT = "VLMQ_KERNEL"
 NIBBLE_BITS = (2, 3, 4)
 """Of the CPU paths that hold 4 bits at every width; all others hold each width that a checkpoint may have."""
@@ -78,7 +83,7 @@ def _refusal(path: str, bits: int, dtype: torch.dtype, device: torch.device) -> 
         return None if device.type == "cuda" or interpreted else "it needs an NVIDIA GPU"
     if device.type != "cpu":
         return "it runs on CPUs"
-    if path == CPU_INT16 and native.library() is None:
+    if path in INTEGER_BITS and native.library() is None:
         return "it needs a C++ compiler and a CPU with AVX2"
     if path == CPU_INT4 and dtype != torch.bfloat16:
         return "torch's int4 kernel is fast for bfloat16 only"

@@ -100,12 +100,12 @@ def _built(compiler: tuple[str, ...], isa: str) -> Path:
     sources = [path.read_bytes() for path in sorted(SOURCES.iterdir())]
     key = hashlib.sha256(b"\0".join([*sources, version.encode(), " ".join(flags).encode()])).hexdigest()[:16]
     folder = cache_folder()
-    target = folder / f"int16-{isa}-{key}.so"
+    target = folder / f"integer-{isa}-{key}.so"
     if not target.exists():
         handle, name = tempfile.mkstemp(suffix=".so", dir=folder)
         os.close(handle)
         try:
-            _run((compiler[0], *flags, str(SOURCES / "int16.cpp"), "-o", name), 600)
+            _run((compiler[0], *flags, str(SOURCES / "integer.cpp"), "-o", name), 600)
             os.replace(name, target)
         finally:
             Path(name).unlink(missing_ok=True)
@@ -140,11 +140,11 @@ def _declare(loaded: ctypes.CDLL) -> None:
     pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     weight = (pointer, pointer, integer, pointer, integer, long, long)
     signatures = {
-        "vlmq_int16_max_rows": (integer, []),
-        "vlmq_int16_scratch": (long, [long, long]),
-        "vlmq_int16_pack": (None, [pointer, long, long, integer, long, pointer, integer]),
-        "vlmq_int16_dequantize": (None, [*weight, long, long, pointer, integer]),
-        "vlmq_int16_gemm": (None, [pointer, long, integer, long, *weight, long, pointer, pointer, integer]),
+        "vlmq_max_rows": (integer, []),
+        "vlmq_scratch": (long, [long, long]),
+        "vlmq_pack": (None, [pointer, long, long, integer, long, pointer, integer]),
+        "vlmq_dequantize": (None, [*weight, long, long, pointer, integer]),
+        "vlmq_gemm": (None, [pointer, long, integer, long, *weight, long, pointer, pointer, integer, integer]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(loaded, name)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vlmq_serve.kernels import choice, cpu, int16, reference
+from vlmq_serve.kernels import choice, cpu, integer, reference
 
 NAME = "gemm"
 SCHEMA = (
@@ -39,7 +39,7 @@ def gemm(
 def _gemm(
     x: Tensor, qdata: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int, out_features: int, path: str
 ) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if rows.shape[0] == 0:
         return x.new_empty((*x.shape[:-1], out_features))
     if path in choice.TRITON_KINDS:
@@ -47,15 +47,15 @@ def _gemm(
 
         weight = triton_path.Operand(qdata, scales, bits, group_size, out_features, rows.shape[1])
         y = triton_path.gemm(rows, weight, choice.TRITON_KINDS[path])
-    elif path == choice.CPU_INT16:
-        y = int16.gemm_int16(rows, qdata, scales, zeros, bits, out_features)
+    elif path in choice.INTEGER_BITS:
+        y = integer.gemm_integer(rows, qdata, scales, zeros, bits, out_features, choice.INTEGER_BITS[path])
     elif path == choice.CPU_INT4:
         y = cpu.gemm_int4(rows, qdata, scales, zeros, out_features)
     elif path == choice.CPU_DEQUANT:
         y = cpu.gemm_dequant(rows, qdata, scales, zeros, out_features)
     else:
         y = reference.gemm(rows, qdata, scales, zeros, bits, group_size)
-    return y.reshape(*x.shape[:-1], out_features)
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], out_features)
 
 
 def _gemm_fake(

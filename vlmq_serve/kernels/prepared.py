@@ -9,7 +9,7 @@ from torch import Tensor
 from vlmq_serve.format.weight import PackedWeight
 from vlmq_serve.kernels import choice, cpu, scratch
 from vlmq_serve.kernels.gpu import gpu_of
-from vlmq_serve.kernels.int16 import prepare_int16
+from vlmq_serve.kernels.integer import prepare_integer
 from vlmq_serve.kernels.nibbles import ROW_PAD, int4_kernel_block
 from vlmq_serve.kernels.op import ensure_registered
 from vlmq_serve.kernels.plan import describe
@@ -25,7 +25,7 @@ class PreparedWeight:
     Tensors and plain values, so that a module can hold the tensors as parameters and put the object together
     again. `zeros` is empty when the path has folded them in. `group_size` is the real one (K for a whole row).
     Layouts: `reference` as in the checkpoint; `cpu_int4` and `cpu_dequant` see `cpu`;
-    `cpu_int16` see `int16`; `triton…` see `planes`.
+    `cpu_int16` and `cpu_int8` see `integer`; `triton…` see `planes`.
     """
 
     qdata: Tensor
@@ -88,8 +88,8 @@ def _repack(weight: PackedWeight, dtype: torch.dtype, path: str) -> tuple[Tensor
         from vlmq_serve.kernels import planes
 
         return *planes.prepare_planes(weight, dtype), torch.empty(0, dtype=dtype, device=weight.qweight.device)
-    if path == choice.CPU_INT16:
-        return prepare_int16(weight)
+    if path in choice.INTEGER_BITS:
+        return prepare_integer(weight)
     if path == choice.CPU_INT4:
         block = int4_kernel_block()
         return cpu.prepare_int4(weight, ROW_PAD if block is None else block)

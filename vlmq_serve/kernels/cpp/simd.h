@@ -42,6 +42,7 @@ static inline VI max_unsigned(VI a, VI b) { return _mm512_max_epu32(a, b); }
 static inline uint32_t highest(VI a) { return _mm512_reduce_max_epu32(a); }
 static inline int total(VI a) { return _mm512_reduce_add_epi32(a); }
 static inline void store_as_16(void* p, VI a) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(a)); }
+static inline void store_as_8(void* p, VI a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a)); }
 // acc[i] + a[2i] b[2i] + a[2i+1] b[2i+1], a and b int16
 static inline VI dot(VI acc, VI a, VI b) {
 #if defined(__AVX512VNNI__)
@@ -49,6 +50,10 @@ static inline VI dot(VI acc, VI a, VI b) {
 #else
   return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b));
 #endif
+}
+// factor * (a[4i] b[4i] + ... + a[4i+3] b[4i+3]), a unsigned bytes below 128 and b signed ones
+static inline VI quad(VI a, VI b, short factor) {
+  return _mm512_madd_epi16(_mm512_maddubs_epi16(a, b), _mm512_set1_epi16(factor));
 }
 
 #elif defined(__AVX2__)
@@ -99,10 +104,39 @@ static inline int total(VI a) {
 static inline void store_as_16(void* p, VI a) {
   _mm_storeu_si128((__m128i*)p, _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1)));
 }
+static inline void store_as_8(void* p, VI a) {
+  __m128i pairs = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(pairs, pairs));
+}
 static inline VI dot(VI acc, VI a, VI b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
+static inline VI quad(VI a, VI b, short factor) {
+  return _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(factor));
+}
 #else
 #error "needs AVX2 or AVX512BW"
 #endif
+
+// acc[i] + a[4i] b[4i] + ... + a[4i+3] b[4i+3], a unsigned bytes of BITS bits and b signed bytes
+template <int BITS> static inline VI dot8(VI acc, VI a, VI b) {
+#if defined(__AVX512VNNI__)
+  return _mm512_dpbusd_epi32(acc, a, b);
+#else
+  if (BITS < 8) return add(acc, quad(a, b, 1));
+  // The 16 bits between would overflow with the highest bit of a, which is multiplied apart.
+  return add(add(acc, quad(both(a, set1(0x7F7F7F7F)), b, 1)), quad(both(right16<7>(a), set1(0x01010101)), b, 128));
+#endif
+}
+
+// load(), and once only: gcc reads memory again for every use where an instruction can.
+static inline VI load_once(const void* p) {
+  VI v = load(p);
+#if defined(__GNUC__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
+static inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
 // Element types of x, y and the scales.
 struct F32 { using T = float; };

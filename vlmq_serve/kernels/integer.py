@@ -1,8 +1,10 @@
-"""CPU path with integer products, in C++ (`cpp/int16.cpp`): 2, 3, 4 and 8-bit codes at their own width in memory.
+"""CPU paths with integer products, in C++ (`cpp/integer.cpp`): 2, 3, 4 and 8-bit codes at their own width in memory.
 
-x is rounded to int16 per row and group, with an error of 2^-16 of the group's largest value, far below bf16's; codes
-are integers already, and their products are summed exactly.
+x is rounded to int16 or int8 per row and group, with an error of 2^-16 or 2^-8 of the group's largest value; codes are
+integers already, and their products are summed exactly. 16 bits are far more exact than bf16; 8 are half the work.
 """
+
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -23,11 +25,19 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 def _loaded(isa: str | None) -> "native.ctypes.CDLL":
     found = native.library(isa)
     if found is None:
-        raise RuntimeError(f"cpu_int16: no kernels for {isa or 'this CPU'}; there were when the weight was prepared")
+        raise RuntimeError(f"CPU kernels: none for {isa or 'this CPU'}; there were when the weight was prepared")
     return found
 
 
-def prepare_int16(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
+@lru_cache(maxsize=256)
+def _pass_rows(rows: int, cols: int, isa: str | None) -> tuple[int, int]:
+    """Rows of x in one call, and the bytes of scratch that it needs."""
+    library = _loaded(isa)
+    step = min(rows, library.vlmq_max_rows())
+    return step, library.vlmq_scratch(step, cols)
+
+
+def prepare_integer(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
     """Words int32 [Np/16, K*bits/32, 16] (`cpp/codes.h`), scales [Np/16, K/G, 16] as they are, zeros uint8 likewise
     or empty when symmetric; Np is N padded to `ROW_PAD` with weights of zero."""
     rows, cols = weight.shape
@@ -36,7 +46,7 @@ def prepare_int16(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
     given = weight.qweight.cpu().contiguous()
     words = torch.empty(blocks, cols * bits // 32, BLOCK_ROWS, dtype=torch.int32, device="cpu")
     threads = torch.get_num_threads()
-    _loaded(None).vlmq_int16_pack(given.data_ptr(), rows, cols, bits, rows + pad, words.data_ptr(), threads)
+    _loaded(None).vlmq_pack(given.data_ptr(), rows, cols, bits, rows + pad, words.data_ptr(), threads)
     zeros = torch.empty(0, dtype=torch.uint8, device="cpu")
     if weight.zeros is not None:
         zeros = _in_blocks(weight.zeros, pad)
@@ -49,27 +59,29 @@ def _in_blocks(values: Tensor, pad: int) -> Tensor:
     return padded.reshape(-1, BLOCK_ROWS, values.shape[1]).transpose(1, 2).contiguous()
 
 
-def gemm_int16(
-    x: Tensor, qdata: Tensor, scales: Tensor, zeros: Tensor, bits: int, out_features: int, isa: str | None = None
-) -> Tensor:
-    """x [M, K] of any float type to [M, N] in the same type; `isa` forces one of `native.supported_isas`."""
+def gemm_integer(
+    x: Tensor, qdata: Tensor, scales: Tensor, zeros: Tensor, bits: int, out_features: int, x_bits: int = 16,
+    isa: str | None = None,
+) -> Tensor:  # fmt: skip
+    """x [M, K] of any float type to [M, N] in the same type, by way of integers of `x_bits` bits, 16 or 8; `isa` forces
+    one of `native.supported_isas`."""
     if x.dtype == torch.bfloat16 and x.shape[0] >= DENSE_ROWS and "amx_bf16" in native.cpu_flags():
         return gemm_dense(x, qdata, scales, zeros, bits, out_features, isa)
     library = _loaded(isa)
     if x.stride(1) != 1:
         x = x.contiguous()
     rows, cols = x.shape
+    step, scratch_bytes = _pass_rows(rows, cols, isa)
     y = torch.empty((rows, out_features), dtype=x.dtype, device=x.device)
-    step = min(rows, library.vlmq_int16_max_rows())
-    scratch = torch.empty(library.vlmq_int16_scratch(step, cols), dtype=torch.uint8, device=x.device)
+    scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=x.device)
     weight = _arguments(cols, qdata, scales, zeros, bits)
     threads, size = torch.get_num_threads(), x.element_size()
     for start in range(0, rows, step):
         # Addresses and not slices, each of which would take longer than a small product.
         x_at, y_at = x.data_ptr() + start * x.stride(0) * size, y.data_ptr() + start * out_features * size
         count = min(step, rows - start)
-        library.vlmq_int16_gemm(
-            x_at, x.stride(0), _TYPES[x.dtype], count, *weight, out_features, y_at, scratch.data_ptr(), threads
+        library.vlmq_gemm(
+            x_at, x.stride(0), _TYPES[x.dtype], count, *weight, out_features, y_at, scratch.data_ptr(), x_bits, threads
         )
     return y
 
@@ -86,7 +98,7 @@ def gemm_dense(
     for start in range(0, total, step):
         count = min(step, total - start)
         part = scratch[: cols * count * BLOCK_ROWS].view(cols, count * BLOCK_ROWS)
-        library.vlmq_int16_dequantize(*weight, start, count, part.data_ptr(), torch.get_num_threads())
+        library.vlmq_dequantize(*weight, start, count, part.data_ptr(), torch.get_num_threads())
         y[:, start * BLOCK_ROWS : (start + count) * BLOCK_ROWS] = torch.mm(x, part)
     return y if y.shape[1] == out_features else y[:, :out_features].contiguous()
 

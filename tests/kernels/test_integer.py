@@ -14,7 +14,7 @@ from torch.nn.functional import linear as dense
 from tests.kernels.weights import exact_weight, random_weight, relative_error
 from vlmq_serve.format.weight import PackedWeight
 from vlmq_serve.kernels import linear, native, prepare
-from vlmq_serve.kernels.int16 import DENSE_ROWS, gemm_dense, gemm_int16, prepare_int16
+from vlmq_serve.kernels.integer import DENSE_ROWS, gemm_dense, gemm_integer, prepare_integer
 
 pytestmark = [
     pytest.mark.unit,
@@ -22,10 +22,11 @@ pytestmark = [
 ]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 LIMIT = {BF16: 4e-3, FP16: 5e-4, FP32: 1e-4}
+LIMIT_OF_8 = 2e-2
 
 
-def product(x: torch.Tensor, weight: PackedWeight, isa: str | None = None) -> torch.Tensor:
-    return gemm_int16(x, *prepare_int16(weight), weight.scheme.bits, weight.shape[0], isa)
+def product(x: torch.Tensor, weight: PackedWeight, isa: str | None = None, x_bits: int = 16) -> torch.Tensor:
+    return gemm_integer(x, *prepare_integer(weight), weight.scheme.bits, weight.shape[0], x_bits, isa)
 
 
 def normal(rows: int, cols: int, dtype: torch.dtype = FP32) -> torch.Tensor:
@@ -40,18 +41,47 @@ def isa(request: pytest.FixtureRequest) -> str:
     return name
 
 
+@pytest.fixture(params=[16, 8])
+def x_bits(request: pytest.FixtureRequest) -> int:
+    bits: int = request.param
+    return bits
+
+
+def rounded(x: torch.Tensor, block: int) -> torch.Tensor:
+    """float64 [M, K]: x as int8 with one scale for each row and block of columns."""
+    parts = x.double().unflatten(1, (-1, block))
+    scales = parts.abs().amax(2, keepdim=True) / 127
+    return ((parts / scales).round() * scales).flatten(1)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("group", [32, 64, 128, -1])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_8_bit_inputs_lose_what_their_rounding_loses(isa: str, bits: int, group: int, symmetric: bool) -> None:
+    for rows, cols in ((64, 256), (100, 1152), (7, 128)):
+        weight = random_weight(rows, cols, bits, group, symmetric)
+        exact, prepared = exact_weight(weight), prepare_integer(weight)
+        block = next(b for b in (128, 64, 32) if weight.scheme.group_length(cols) % b == 0)
+        for count in (1, 2, 3, 5, 16, 23):
+            x = normal(count, cols)
+            y = gemm_integer(x, *prepared, bits, rows, 8, isa)
+            # A value between two integers may be rounded to the other one in fp32.
+            assert relative_error(y, rounded(x, block) @ exact.T) <= 1e-3, (rows, cols, count)
+            assert relative_error(y, x.double() @ exact.T) <= LIMIT_OF_8, (rows, cols, count)
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("group", [32, 64, 128, -1])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_matches_float64(isa: str, bits: int, group: int, symmetric: bool) -> None:
     for rows, cols in ((64, 256), (100, 1152), (7, 128)):
         weight = random_weight(rows, cols, bits, group, symmetric)
-        exact, prepared = exact_weight(weight), prepare_int16(weight)
+        exact, prepared = exact_weight(weight), prepare_integer(weight)
         for count in (1, 2, 7, 23):
             for dtype, limit in LIMIT.items():
                 x = normal(count, cols, dtype)
                 expected = x.double() @ exact.T
-                error = relative_error(gemm_int16(x, *prepared, bits, rows, isa), expected)
+                error = relative_error(gemm_integer(x, *prepared, bits, rows, isa=isa), expected)
                 assert error <= limit, (rows, cols, count, dtype)
                 plain = relative_error(dense(x, exact.to(dtype)), expected)
                 if dtype != FP32 and rows * count >= 1000:
@@ -61,16 +91,16 @@ def test_matches_float64(isa: str, bits: int, group: int, symmetric: bool) -> No
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_dequantized_weights_for_amx(isa: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What serves many rows on a CPU with AMX is the dense product of weights that were rounded once, in parts."""
-    monkeypatch.setattr("vlmq_serve.kernels.int16.DENSE_BYTES", 2 * 384 * 32)
+    monkeypatch.setattr("vlmq_serve.kernels.integer.DENSE_BYTES", 2 * 384 * 32)
     for group, symmetric in ((32, False), (64, True), (-1, False)):
         weight = random_weight(100, 384, bits, group, symmetric)
-        x, prepared = normal(DENSE_ROWS, 384, BF16), prepare_int16(weight)
+        x, prepared = normal(DENSE_ROWS, 384, BF16), prepare_integer(weight)
         y = gemm_dense(x, *prepared, bits, 100, isa)
         expected = dense(x.double(), weight.dequantize(BF16).double())
         assert y.is_contiguous()
         assert relative_error(y, expected) <= LIMIT[BF16]
-        monkeypatch.setattr("vlmq_serve.kernels.int16.native.cpu_flags", lambda: {"amx_bf16"})
-        assert torch.equal(gemm_int16(x, *prepared, bits, 100, isa), y)
+        monkeypatch.setattr("vlmq_serve.kernels.integer.native.cpu_flags", lambda: {"amx_bf16"})
+        assert torch.equal(gemm_integer(x, *prepared, bits, 100, isa=isa), y)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
@@ -80,16 +110,18 @@ def test_types_of_scales(isa: str, dtype: torch.dtype) -> None:
     assert relative_error(product(x, weight, isa), x.double() @ exact_weight(weight).T) <= LIMIT[FP32]
 
 
-def test_more_rows_than_one_pass(isa: str) -> None:
+def test_more_rows_than_one_pass(isa: str, x_bits: int) -> None:
     weight = random_weight(40, 128, 4, 32, False)
     x = normal(600, 128)
-    y = product(x, weight, isa)
-    assert relative_error(y, x.double() @ exact_weight(weight).T) <= LIMIT[FP32]
+    y = product(x, weight, isa, x_bits)
+    limit = LIMIT[FP32] if x_bits == 16 else LIMIT_OF_8
+    assert relative_error(y, x.double() @ exact_weight(weight).T) <= limit
     for row in (0, 255, 256, 599):
-        torch.testing.assert_close(product(x[row : row + 1], weight, isa)[0], y[row], rtol=1e-5, atol=1e-5)
+        alone = product(x[row : row + 1], weight, isa, x_bits)
+        torch.testing.assert_close(alone[0], y[row], rtol=1e-5, atol=1e-5)
 
 
-def test_largest_sums_fit(isa: str) -> None:
+def test_largest_sums_fit(isa: str, x_bits: int) -> None:
     """All codes and inputs at their extremes, over the longest sum of integers."""
     for bits in (2, 3, 4, 8):
         weight = random_weight(32, 256, bits, 128, False)
@@ -99,37 +131,38 @@ def test_largest_sums_fit(isa: str) -> None:
             full = PackedWeight.from_codes(top if zero == 0 else 0 * top, weight.scales, zeros, weight.scheme)
             for count in (1, 2):
                 x = torch.full((count, 256), -3.0)
-                assert relative_error(product(x, full, isa), x.double() @ exact_weight(full).T) <= 1e-6
+                assert relative_error(product(x, full, isa, x_bits), x.double() @ exact_weight(full).T) <= 1e-6
 
 
-def test_what_is_not_finite_reaches_its_row_only(isa: str) -> None:
+def test_what_is_not_finite_reaches_its_row_only(isa: str, x_bits: int) -> None:
     weight = random_weight(32, 256, 4, 64, False)
     for count in (1, 5):
         x = normal(count, 256)
-        clean = product(x, weight, isa)
+        clean = product(x, weight, isa, x_bits)
         for value in (float("nan"), float("inf"), -float("inf")):
             broken = x.clone()
             broken[count - 1, 70] = value
             for dtype in (FP32, BF16, FP16):
-                y = product(broken.to(dtype), weight, isa)
+                y = product(broken.to(dtype), weight, isa, x_bits)
                 assert y[count - 1].isnan().all()
-            assert torch.equal(product(broken, weight, isa)[: count - 1], clean[: count - 1])
+            assert torch.equal(product(broken, weight, isa, x_bits)[: count - 1], clean[: count - 1])
 
 
-def test_inputs_of_any_size(isa: str) -> None:
+def test_inputs_of_any_size(isa: str, x_bits: int) -> None:
     """Zeros give zeros; an outlier costs precision in its own group only; scale of x changes nothing."""
     weight = random_weight(32, 256, 4, 64, False)
-    assert torch.equal(product(torch.zeros(3, 256), weight, isa), torch.zeros(3, 32))
+    assert torch.equal(product(torch.zeros(3, 256), weight, isa, x_bits), torch.zeros(3, 32))
+    limit = LIMIT[FP32] if x_bits == 16 else LIMIT_OF_8
     for factor in (1e-20, 1e20):
         x = normal(3, 256) * factor
-        assert relative_error(product(x, weight, isa), x.double() @ exact_weight(weight).T) <= LIMIT[FP32]
+        assert relative_error(product(x, weight, isa, x_bits), x.double() @ exact_weight(weight).T) <= limit
     x, loud = normal(3, 256), normal(3, 256)
     loud[:, 0] = 1e6
     quiet = exact_weight(weight)
     quiet[:, :64] = 0
     rest = PackedWeight(weight.qweight, weight.scales.clone(), weight.zeros, weight.scheme)
     rest.scales[:, 0] = 0
-    torch.testing.assert_close(product(loud, rest, isa), product(x, rest, isa))
+    torch.testing.assert_close(product(loud, rest, isa, x_bits), product(x, rest, isa, x_bits))
 
 
 def test_columns_of_a_wider_tensor(isa: str) -> None:
@@ -140,14 +173,14 @@ def test_columns_of_a_wider_tensor(isa: str) -> None:
         assert torch.equal(product(part, weight, isa), product(part.contiguous(), weight, isa))
 
 
-def test_same_bits_on_any_number_of_threads(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_same_bits_on_any_number_of_threads(isa: str, x_bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What torch says is replaced, not set: a vLLM engine in the same process forbids setting it."""
     weight = random_weight(200, 256, 3, 64, False)
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 3):
         with monkeypatch.context() as patch:
             patch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-            results.append([product(normal(count, 256), weight, isa) for count in (1, 9)])
+            results.append([product(normal(count, 256), weight, isa, x_bits) for count in (1, 9)])
         assert torch.get_num_threads() == before
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -160,9 +193,13 @@ def test_exact_bits_per_weight_in_memory(bits: int) -> None:
 
 
 def test_serves_every_width_and_type() -> None:
+    """16-bit inputs without being asked, 8-bit ones only when asked."""
     for bits in (2, 3, 4, 8):
+        weight = random_weight(32, 64, bits, 32, False)
         for dtype in LIMIT:
-            assert prepare(random_weight(32, 64, bits, 32, False), dtype, "cpu").path == "cpu_int16"
+            assert prepare(weight, dtype, "cpu").path == "cpu_int16"
+            prepared, x = prepare(weight, dtype, "cpu", "cpu_int8"), normal(4, 64, dtype)
+            assert torch.equal(linear(x, prepared), product(x, weight, x_bits=8))
 
 
 @pytest.fixture
