@@ -1,18 +1,15 @@
 """`backend`: who serves a layer, and vLLM's own kernels with our weights, on this CPU."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from vlmq_serve.cli.bench.kernel_peers import start_single_rank
-from vlmq_serve.format.config import QuantizationSpec
 from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.format.scheme import Scheme
 from vlmq_serve.kernels.bench.layers import Layer, random_weight
 from vlmq_serve.quant_methods import backend
-from vlmq_serve.quant_methods.config import VLMQConfig
 from vlmq_serve.quant_methods.linear import VLMQLinearMethod
 
 pytestmark = [pytest.mark.serve, pytest.mark.usefixtures("single_rank")]
@@ -104,32 +101,3 @@ def test_a_table_gives_a_layer_to_vllm_and_ours_stay_where_it_cannot(monkeypatch
         assert found is not None
         assert found.name == "CPUWNA16LinearKernel"
     assert backend.find_kernel("triton", *given) is None
-
-
-@pytest.mark.parametrize(
-    ("environment", "override", "expected"),
-    [(None, None, "auto"), ("triton", "vllm", "triton"), (None, "vllm", "vllm"), ("", "triton", "triton")],
-)
-def test_the_environment_wins_over_the_command_line(
-    environment: str | None, override: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if environment is None:
-        monkeypatch.delenv(backend.ENVIRONMENT, raising=False)
-    else:
-        monkeypatch.setenv(backend.ENVIRONMENT, environment)
-    hf_config = SimpleNamespace() if override is None else SimpleNamespace(vlmq_backend=override)
-    config = VLMQConfig(QuantizationSpec(Scheme(4, 128)))
-    config.maybe_update_config("not/a-folder", hf_config=hf_config)
-    assert config.backend == hf_config.vlmq_backend == expected
-
-
-@pytest.mark.parametrize(
-    ("environment", "override", "where"),
-    [("marlin", None, "VLMQ_BACKEND: got 'marlin'"), ("", "Marlin", "--hf-overrides vlmq_backend: got 'Marlin'")],
-)
-def test_an_unknown_backend_is_one_error(
-    environment: str, override: str | None, where: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(backend.ENVIRONMENT, environment)
-    with pytest.raises(VLMQError, match=where):
-        backend.read_backend(SimpleNamespace(vlmq_backend=override))

@@ -108,14 +108,14 @@ def test_compiled_graphs_are_kept_apart_by_what_chooses_the_kernel(
     """vLLM hashes the model's config: with and without a compiler or a table, forced or not, it must differ."""
     from vlmq_serve.kernels import native
 
-    def choice() -> str:
-        hf_config = SimpleNamespace()
+    def choice(**overrides: str) -> str:
+        hf_config = SimpleNamespace(**overrides)
         config_of().maybe_update_config("not/a-folder", hf_config=hf_config)
-        return hf_config.vlmq_kernel
+        return hf_config.vlmq_compiled_for
 
     monkeypatch.delenv("VLMQ_KERNEL", raising=False)
     monkeypatch.delenv("VLMQ_TABLE", raising=False)
-    found = [choice()]
+    found = [choice(), choice(vlmq_kernel="cpu_dequant")]
     table = tmp_path / "table.json"
     monkeypatch.setenv("VLMQ_TABLE", str(table))
     assert choice() == found[0]

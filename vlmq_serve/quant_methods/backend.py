@@ -1,15 +1,11 @@
 """`backend`: whether a layer is served by this package's kernels or by vLLM's own (Marlin, Machete, Humming, …).
 
-The user sets it for a start of vLLM, `VLMQ_BACKEND=vllm vllm serve CKPT` or
-`vllm serve CKPT --hf-overrides '{"vlmq_backend": "vllm"}'`; the environment wins. It is no property of the checkpoint.
-
-    triton   this package's kernels (on a CPU its CPU paths)
-    vllm     the kernel that vLLM's own order prefers for the layer; a layer that none can serve is an error
-    auto     triton, and vllm for layers of which a measured table (`kernels.tables`) says so; the default
+triton   this package's kernels (on a CPU its CPU paths)
+vllm     the kernel that vLLM's own order prefers for the layer; a layer that none can serve is an error
+auto     triton, and vllm for layers of which a measured table (`kernels.tables`) says so; the default
 """
 
 import logging
-import os
 from fractions import Fraction
 from typing import Any
 
@@ -28,25 +24,12 @@ from vlmq_serve.format.packing import pack_codes
 from vlmq_serve.format.scheme import WORD_BITS, Scheme
 from vlmq_serve.format.weight import PackedWeight
 from vlmq_serve.kernels.tables import prefers_vllm
+from vlmq_serve.quant_methods.options import AUTO, TRITON, VLLM
 
-ENVIRONMENT = "VLMQ_BACKEND"
-OVERRIDE = "vlmq_backend"
-AUTO, TRITON, VLLM = "auto", "triton", "vllm"
-BACKENDS = (AUTO, TRITON, VLLM)
 BIASED = {2: "uint2b2", 3: "uint3b4", 4: "uint4b8", 8: "uint8b128"}
 """vLLM's types of symmetric codes; those with zero points are `uint2` and so on."""
 
 logger = logging.getLogger(__name__)
-
-
-def read_backend(hf_config: Any = None) -> str:
-    """The backend that the user asked for. Raises `VLMQError` for an unknown one."""
-    from_environment = os.environ.get(ENVIRONMENT) or None
-    name = from_environment or getattr(hf_config, OVERRIDE, None) or AUTO
-    if name not in BACKENDS:
-        where = ENVIRONMENT if from_environment else f"--hf-overrides {OVERRIDE}"
-        raise VLMQError(f"{where}: got {name!r}, allowed {list(BACKENDS)}; unset it for {AUTO!r}")
-    return name
 
 
 def layer_config(

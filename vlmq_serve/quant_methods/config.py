@@ -1,7 +1,6 @@
 """`VLMQConfig`: how vLLM learns which layer of a checkpoint is quantized, and how."""
 
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,11 @@ from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.format.names import fused_members
 from vlmq_serve.format.scheme import Scheme
 from vlmq_serve.kernels import tables
-from vlmq_serve.kernels.choice import ENVIRONMENT, available_paths
-from vlmq_serve.quant_methods.backend import OVERRIDE, read_backend
+from vlmq_serve.kernels.choice import available_paths
 from vlmq_serve.quant_methods.inventory import Inventory, read_inventory
 from vlmq_serve.quant_methods.linear import VLMQLinearMethod
 from vlmq_serve.quant_methods.names import map_spec, names_in_vllm
+from vlmq_serve.quant_methods.options import BACKEND_OVERRIDE, read_backend, read_kernel
 
 logger = logging.getLogger(__name__)
 MIN_CAPABILITY = 80
@@ -36,7 +35,7 @@ class VLMQConfig(QuantizationConfig):
         super().__init__()
         self.spec = spec
         self.inventory: Inventory | None = None
-        self.backend = read_backend()
+        self.backend, self.kernel = read_backend(), read_kernel()
         self._applied_mappers: list[str] = []
 
     def __repr__(self) -> str:
@@ -73,12 +72,12 @@ class VLMQConfig(QuantizationConfig):
 
         A name on the Hugging Face hub is not downloaded yet at this point: there, the checks after loading remain.
         """
-        self.backend = read_backend(hf_config)
+        self.backend, self.kernel = read_backend(hf_config), read_kernel(hf_config)
         if hf_config is not None:
             # A compiled graph holds the kernel's name. vLLM finds its compiled graphs again by this config, so a
             # graph for another choice would be used with weights packed for this one.
-            hf_config.vlmq_kernel = self._kernel_choice()
-            setattr(hf_config, OVERRIDE, self.backend)
+            hf_config.vlmq_compiled_for = self._kernel_choice()
+            setattr(hf_config, BACKEND_OVERRIDE, self.backend)
         folder = Path(model_name)
         if folder.is_dir():
             self.inventory = read_inventory(folder, self.spec)
@@ -88,7 +87,7 @@ class VLMQConfig(QuantizationConfig):
         device = torch.device(current_platform.device_type)
         available = available_paths(self.spec.scheme.bits, torch.bfloat16, device)
         # A table can leave layers to vLLM's kernels, which are other calls on other parameters.
-        return " ".join((__version__, *available, os.environ.get(ENVIRONMENT, ""), tables.fingerprint())).rstrip()
+        return " ".join((__version__, *available, self.kernel or "", tables.fingerprint())).rstrip()
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Take over vLLM's names. Models call it once per nested model, some twice with the same mapper."""
@@ -113,7 +112,7 @@ class VLMQConfig(QuantizationConfig):
         if scheme is None:
             return UnquantizedLinearMethod() if is_linear else None
         scales_dtype = self.inventory.scales_dtype if self.inventory else None
-        return VLMQLinearMethod(scheme, prefix, scales_dtype, self.backend)
+        return VLMQLinearMethod(scheme, prefix, scales_dtype, self.backend, self.kernel)
 
     def scheme_of(self, prefix: str) -> Scheme | None:
         """Scheme of the vLLM layer `prefix`, the same for all members of a fused layer; None when unquantized."""

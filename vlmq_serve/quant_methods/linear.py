@@ -11,9 +11,10 @@ from vllm.model_executor.parameter import ChannelQuantScaleParameter, GroupQuant
 from vlmq_serve import kernels
 from vlmq_serve.format.scheme import SUFFIXES, WORD_BITS, Scheme, tensor_shapes
 from vlmq_serve.format.weight import PackedWeight
-from vlmq_serve.quant_methods.backend import AUTO, VLLMKernel, find_kernel
+from vlmq_serve.quant_methods.backend import VLLMKernel, find_kernel
 from vlmq_serve.quant_methods.loading import UNLOADED_BYTE, UNLOADED_WORD, check_loaded, check_split, check_zeros
 from vlmq_serve.quant_methods.memory import give_back_freed_memory
+from vlmq_serve.quant_methods.options import AUTO
 
 PREPARED = ("qweight", "vlmq_scales", "vlmq_zeros")
 """Parameters of a layer once it is repacked. vLLM's LoRA layers look for the first name to find the device."""
@@ -23,13 +24,14 @@ PREPARED = ("qweight", "vlmq_scales", "vlmq_zeros")
 class VLMQLinearMethod(LinearMethodBase):
     """Loads checkpoint tensors as they are, repacks them once for the kernel, then multiplies with the result.
 
-    scales_dtype: dtype of the scales in the checkpoint where that is known, else the dtype of the model; backend: see
-    `backend`.
+    scales_dtype: dtype of the scales in the checkpoint where that is known, else the dtype of the model; backend and
+    forced: see `options`.
     """
 
     def __init__(
-        self, scheme: Scheme, prefix: str, scales_dtype: torch.dtype | None = None, backend: str = AUTO
-    ) -> None:
+        self, scheme: Scheme, prefix: str, scales_dtype: torch.dtype | None = None, backend: str = AUTO,
+        forced: str | None = None,
+    ) -> None:  # fmt: skip
         self.scheme = scheme
         self.prefix = prefix
         self.scales_dtype = scales_dtype
@@ -39,6 +41,7 @@ class VLMQLinearMethod(LinearMethodBase):
         self.full = (0, 0)
         self.path = ""
         self.backend = backend
+        self.forced = forced
         self.kernel: VLLMKernel | None = None
 
     # vLLM passes these by position from some layers and by keyword from others: names and order are its interface.
@@ -93,7 +96,7 @@ class VLMQLinearMethod(LinearMethodBase):
         weight = PackedWeight(tensors["qweight"], tensors["scales"], tensors.get("zeros"), self.scheme)
         device, share = weight.qweight.device, (self.in_features, sum(self.partitions))
         self.kernel = find_kernel(self.backend, self.prefix, self.scheme, self.params_dtype, self.full, share, device)
-        prepared = None if self.kernel else kernels.prepare(weight, self.params_dtype, device)
+        prepared = None if self.kernel else kernels.prepare(weight, self.params_dtype, device, self.forced)
         for suffix in tensors:
             delattr(layer, suffix)
         if self.kernel is not None:
