@@ -129,6 +129,14 @@ def test_a_measured_plan_serves_up_to_its_m_and_rules_serve_above() -> None:
     assert plan(1, weight, H100, FUSED) == plan(1, shape(3584, 3584, 4), H100, FUSED)
 
 
+def test_partial_sums_of_a_measured_split_fit_the_scratch() -> None:
+    """8 times 4096 x 3584 fp32 sums are 448 MiB; a table may ask for it, a captured graph could not hold it."""
+    tile = tiles(4, 90)[-1]
+    chosen = plan(4096, shape(3584, 18944, 4, ((4096, Plan(tile, 8)),)), H100)
+    assert chosen == Plan(tile, 2)
+    assert 4 * 4096 * 3584 * chosen.split <= scratch_bytes(H100.memory) < 4 * 4096 * 3584 * 4
+
+
 def test_a_measured_split_is_cut_to_the_slabs_there_are() -> None:
     weight = Shape(3584, 512, 2, 4, MEASURED)
     assert plan(1, weight, H100).split == 2

@@ -55,6 +55,21 @@ def test_layers_can_be_left_to_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert dict(tables.measured_plans(H100)) == {KEY: tuple(PLANS.items())}
 
 
+def test_the_fingerprint_is_that_of_the_table_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled graphs are kept by it: a shipped table that comes or changes must change it."""
+    monkeypatch.setattr(tables, "SHIPPED", tmp_path)
+    found = [tables.fingerprint()]
+    for device in ("NVIDIA L4", H100.name):
+        tables.write(tmp_path / "shipped.json", table(device))
+        found.append(tables.fingerprint())
+    tables.write(tmp_path / "own" / "table.json", table())
+    monkeypatch.setenv(tables.ENVIRONMENT, str(tmp_path / "own" / "table.json"))
+    assert tables.fingerprint() == found[-1]
+    monkeypatch.setenv(tables.ENVIRONMENT, str(tmp_path / "missing.json"))
+    assert tables.fingerprint() == found[0] == ""
+    assert len(set(found)) == 3
+
+
 @pytest.mark.parametrize("bits", [3, 8])
 def test_every_tile_survives_the_file(bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plans = {m + 1: Plan(t) for m, t in enumerate(known_tiles(bits, 90)) if not t.gemv}
@@ -93,7 +108,8 @@ def broken(**changes: Any) -> str:
     [
         ("{", "is not JSON"),
         ("[]", "the file: Input should be"),
-        (broken(device="NVIDIA L4"), "is for 'NVIDIA L4', this GPU is 'NVIDIA H100 80GB HBM3'"),
+        (broken(device="NVIDIA L4"), "is for 'NVIDIA L4' (sm_90), this GPU is 'NVIDIA H100 80GB HBM3' (sm_90)"),
+        (broken(arch=80), "is for 'NVIDIA H100 80GB HBM3' (sm_80), this GPU is 'NVIDIA H100 80GB HBM3' (sm_90)"),
         (broken(row={"bits": 5}), "plans.0.bits: Value error, allowed [2, 3, 4, 8], got 5"),
         (broken(row={"split": 3}), "plans.0.split: Input should be 1, 2, 4 or 8, got 3"),
         (broken(row={"kernel": "best"}), "plans.0.kernel: Input should be 'gemv', 'fused' or 'dense', got 'best'"),

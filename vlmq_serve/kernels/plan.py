@@ -103,10 +103,11 @@ def _fitted(rows: int, shape: Shape, gpu: Gpu, found: Plan) -> Plan:
     """A measured plan within the bounds of this product: M may be less than the one that was measured."""
     if found.tile is None:
         return _ruled(rows, shape, gpu, DENSE)
-    split = found.split if programs_of(rows, shape, found.tile) <= MAX_TILES else 1
-    while split > shape.slabs:
+    programs, sums = programs_of(rows, shape, found.tile), 4 * found.tile.rows_m * found.tile.rows_n
+    split = found.split if programs <= MAX_TILES else 1
+    while split > 1 and (split > shape.slabs or programs * split * sums > scratch_bytes(gpu.memory)):
         split //= 2
-    return Plan(found.tile, max(1, split), 0, found.one_launch)
+    return Plan(found.tile, split, 0, found.one_launch)
 
 
 def programs_of(rows: int, shape: Shape, tile: Tile) -> int:

@@ -100,12 +100,15 @@ def prefers_vllm(device: torch.device, bits: int, out_features: int, in_features
 
 
 def fingerprint() -> str:
-    """Of the file that VLMQ_TABLE names; empty without one, and where it cannot be read, of which loading tells."""
+    """Of the file that VLMQ_TABLE names, else of all that are shipped; empty without any, and where one cannot be read,
+    of which loading tells."""
     own = os.environ.get(ENVIRONMENT) or None
+    paths = [Path(own)] if own else sorted(SHIPPED.glob("*.json"))
     try:
-        return hashlib.sha256(Path(own).read_bytes()).hexdigest()[:16] if own else ""
+        contents = b"\0".join(path.read_bytes() for path in paths)
     except OSError:
         return ""
+    return hashlib.sha256(contents).hexdigest()[:16] if paths else ""
 
 
 @lru_cache(maxsize=16)
@@ -132,9 +135,9 @@ def _table(own: str | None, gpu: Gpu) -> Table | None:
 def read(path: Path, where: str, gpu: Gpu) -> Table:
     """The table in a file; `where` is how errors call it. Raises `VLMQError` when it is damaged or for another GPU."""
     table = _parse(path, where)
-    if table.device != gpu.name:
+    if (table.device, table.arch) != (gpu.name, gpu.arch):
         raise VLMQError(
-            f"{where}: is for {table.device!r}, this GPU is {gpu.name!r}; "
+            f"{where}: is for {table.device!r} (sm_{table.arch}), this GPU is {gpu.name!r} (sm_{gpu.arch}); "
             f"measure here with `vlmq bench kernels --write-table FILE`, or unset {ENVIRONMENT}"
         )
     return table
