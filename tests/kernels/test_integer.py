@@ -33,7 +33,7 @@ def normal(rows: int, cols: int, dtype: torch.dtype = FP32) -> torch.Tensor:
     return torch.randn(rows, cols, generator=torch.Generator().manual_seed(rows)).to(dtype)
 
 
-@pytest.fixture(params=native.ISA_FLAGS)
+@pytest.fixture(params=native.ISAS)
 def isa(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     if name not in native.supported_isas():

@@ -17,17 +17,9 @@ from pathlib import Path
 import torch
 
 SOURCES = Path(__file__).parent / "cpp"
-ISA_FLAGS = {
-    "avx2": ("-mavx2", "-mfma", "-mf16c"),
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mf16c", "-mfma"),
-    "avx512_vnni": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mf16c", "-mfma", "-mavx512vnni"),
-}
-"""Worst first."""
-_NEEDED = {
-    "avx2": {"avx2", "fma", "f16c"},
-    "avx512": {"avx512f", "avx512bw", "avx512vl"},
-    "avx512_vnni": {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"},
-}
+_AVX512 = ("avx512f", "avx512bw", "avx512vl", "f16c", "fma")
+ISAS = {"avx2": ("avx2", "f16c", "fma"), "avx512": _AVX512, "avx512_vnni": (*_AVX512, "avx512_vnni")}
+"""By name the features that a build needs, as Linux calls them; worst first."""
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fvisibility=default")
 COMPILERS = ("g++", "clang++", "c++")
 CACHE_ENVIRONMENT = "VLMQ_CACHE"
@@ -47,12 +39,12 @@ def cpu_flags() -> frozenset[str]:
 
 @lru_cache(maxsize=1)
 def supported_isas() -> tuple[str, ...]:
-    """Names in `ISA_FLAGS` that this CPU has and torch uses (ATEN_CPU_CAPABILITY can forbid AVX512), worst first."""
+    """Names in `ISAS` that this CPU has and torch uses (ATEN_CPU_CAPABILITY can forbid AVX512), worst first."""
     flags = cpu_flags()
     capability = torch.backends.cpu.get_cpu_capability()
     wide = capability.startswith("AVX512")
     usable = ("AVX2",) if capability == "AVX2" else ()
-    return tuple(n for n, needed in _NEEDED.items() if needed <= flags and (wide or (usable and n == "avx2")))
+    return tuple(n for n, needed in ISAS.items() if flags.issuperset(needed) and (wide or (usable and n == "avx2")))
 
 
 @cache
@@ -95,7 +87,7 @@ def _run(command: tuple[str, ...], timeout: int) -> str:
 
 def _built(compiler: tuple[str, ...], isa: str) -> Path:
     """Path of the shared object; written under another name and moved, as several processes may build at once."""
-    flags = (*compiler[1:], *FLAGS, *ISA_FLAGS[isa])
+    flags = (*compiler[1:], *FLAGS, *(f"-m{feature.replace('_', '')}" for feature in ISAS[isa]))
     version = _run((*compiler, "--version"), 60)
     sources = [path.read_bytes() for path in sorted(SOURCES.iterdir())]
     key = hashlib.sha256(b"\0".join([*sources, version.encode(), " ".join(flags).encode()])).hexdigest()[:16]
