@@ -3,11 +3,13 @@
     python -m benchmarks.quality.serving CHECKPOINT... --output benchmarks/results/serving-agreement.csv
 
 For every checkpoint and dtype: greedy answers to the same questions with images, token by token, and the
-log-probabilities of the tokens chosen. Rows of other checkpoints in the output file are kept.
+log-probabilities of the tokens chosen. `--kernel cpu_int8` asks for a kernel other than the automatic choice. Rows of
+other checkpoints and kernels in the output file are kept.
 """
 
 import argparse
 import csv
+import json
 import os
 import statistics
 from collections.abc import Sequence
@@ -39,6 +41,7 @@ class Agreement:
     """One checkpoint served in one dtype, compared with transformers in the same and in fp32."""
 
     checkpoint: str
+    kernel: str
     served_dtype: str
     reference_dtype: str
     questions: int
@@ -56,7 +59,7 @@ def main() -> None:
     chats = read_chats(options.evaluation)[: options.questions]
     for folder in options.checkpoints:
         for dtype in options.dtypes:
-            rows = _measure(folder, dtype, chats)
+            rows = _measure(folder, dtype, options.kernel, chats)
             _write(options.output, rows)
             for row in rows:
                 out.print(asdict(row))
@@ -66,21 +69,23 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", type=Path, nargs="+")
     parser.add_argument("--dtypes", nargs="+", default=["auto", "float32"], help="as `vllm serve --dtype` takes them")
+    parser.add_argument("--kernel", default="", help="as VLMQ_KERNEL takes it; default: the automatic choice")
     parser.add_argument("--evaluation", type=Path, default=ROOT / "examples" / "data" / "evaluation.jsonl")
     parser.add_argument("--questions", type=int, default=100)
     parser.add_argument("--output", type=Path, required=True)
     return parser.parse_args()
 
 
-def _measure(folder: Path, dtype: str, chats: Sequence[Chat]) -> list[Agreement]:
-    served = _served(folder, dtype, chats)
+def _measure(folder: Path, dtype: str, kernel: str, chats: Sequence[Chat]) -> list[Agreement]:
+    served = _served(folder, dtype, kernel, chats)
     references = ["float32"] if dtype == "float32" else ["bfloat16", "float32"]
-    return [_compare(folder, dtype, name, served, _reference(folder, name, chats)) for name in references]
+    return [_compare(folder, dtype, kernel, name, served, _reference(folder, name, chats)) for name in references]
 
 
-def _served(folder: Path, dtype: str, chats: Sequence[Chat]) -> list[Tokens]:
+def _served(folder: Path, dtype: str, kernel: str, chats: Sequence[Chat]) -> list[Tokens]:
     log = Path(os.environ.get("TMPDIR", "/tmp")) / f"{folder.name}-{dtype}.log"
-    arguments = (*BOUNDS, "--dtype", dtype) if dtype != "auto" else BOUNDS
+    forced = ("--hf-overrides", json.dumps({"vlmq_kernel": kernel})) if kernel else ()
+    arguments = (*BOUNDS, "--dtype", dtype, *forced)
     with err.status(f"vllm serve {folder.name}, dtype {dtype}"), serve(folder, log, arguments=arguments) as server:
         client, model = connect(server.base_url)
         with ThreadPoolExecutor(8) as pool:
@@ -117,7 +122,9 @@ def _reference(folder: Path, dtype: str, chats: Sequence[Chat]) -> list[Tokens]:
     return answers
 
 
-def _compare(folder: Path, dtype: str, reference: str, served: list[Tokens], expected: list[Tokens]) -> Agreement:
+def _compare(
+    folder: Path, dtype: str, kernel: str, reference: str, served: list[Tokens], expected: list[Tokens]
+) -> Agreement:
     total = equal = 0
     differences = []
     for ours, theirs in zip(served, expected, strict=True):
@@ -130,6 +137,7 @@ def _compare(folder: Path, dtype: str, reference: str, served: list[Tokens], exp
     answers = [[t for t, _ in a] == [t for t, _ in b] for a, b in zip(served, expected, strict=True)]
     return Agreement(
         checkpoint=folder.name,
+        kernel=kernel,
         served_dtype=dtype,
         reference_dtype=reference,
         questions=len(answers),
@@ -143,11 +151,11 @@ def _compare(folder: Path, dtype: str, reference: str, served: list[Tokens], exp
 
 def _write(path: Path, rows: list[Agreement]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = {(row.checkpoint, row.served_dtype) for row in rows}
+    new = {(row.checkpoint, row.kernel, row.served_dtype) for row in rows}
     kept: list[dict[str, Any]] = []
     if path.exists():
         with path.open(encoding="utf-8") as handle:
-            kept = [r for r in csv.DictReader(handle) if (r["checkpoint"], r["served_dtype"]) not in new]
+            kept = [r for r in csv.DictReader(handle) if (r["checkpoint"], r["kernel"], r["served_dtype"]) not in new]
     with path.open("w", newline="", encoding="utf-8") as handle:
         writer = csv.DictWriter(handle, [field.name for field in fields(Agreement)], lineterminator="\n")
         writer.writeheader()
