@@ -1,6 +1,7 @@
 import pytest
 
 from vlmq_serve.calibrate.recipe import load_recipe, make_recipe
+from vlmq_serve.calibrate.unused import unused_settings
 from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.format.scheme import Scheme
 
@@ -53,3 +54,19 @@ def test_bad_files(tmp_path, text, message):
 )  # fmt: skip
 def test_residual_follows_the_paper(method, base, bits, expected):
     assert make_recipe(method=method, base=base).uses_residual(bits) is expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "unused"),
+    [
+        ({"method": "gptq", "alpha": 0.5, "token_budget": 9, "exponent": 0.5}, ["alpha", "exponent", "token_budget"]),
+        ({"method": "vlmq", "bits": 2, "alpha": 0.5}, ["alpha"]),
+        ({"method": "vlmq", "bits": 2, "alpha": 0.5, "overrides": {"down_proj": "w3g64"}}, []),
+        ({"method": "awq", "percdamp": 0.1, "act_order": False}, ["act_order", "percdamp"]),
+        ({"method": "awq", "percdamp": 0.1, "act_order": False, "lm_head": "w8"}, []),
+        ({"method": "qvlm", "vision_epochs": 3, "activation_range": "tensor"}, ["activation_range", "vision_epochs"]),
+        ({"method": "rtn", "samples": 9}, []),
+    ],
+)
+def test_settings_that_nothing_reads(settings, unused):
+    assert unused_settings(make_recipe(**settings)) == unused

@@ -81,6 +81,8 @@ def calibrate(
 
 
 def _plan_table(plan: "Plan", recipe: "Recipe", output: Path, data: Path | None) -> Table:
+    from vlmq_serve.calibrate.unused import unused_settings
+
     table = Table(title="Plan", title_justify="left", show_header=False)
     rows = {
         "model": f"{plan.source} ({plan.adapter.model_type}, {plan.layers} decoder layers)",
@@ -89,13 +91,15 @@ def _plan_table(plan: "Plan", recipe: "Recipe", output: Path, data: Path | None)
         "vision": _schemes_and_sizes(plan.vision),
         "lm_head": _schemes_and_sizes([plan.head] if plan.head else []),
         "left alone": "\n".join(_left_alone(plan)) or "-",
+        "without effect": ", ".join(unused_settings(recipe)),
         "data": f"{data}, up to {recipe.samples} chats" if recipe.needs_data else "not needed",
         "size": f"{human_bytes(plan.bytes_before)} -> {human_bytes(plan.bytes_after)}",
         "memory": f"about {human_bytes(plan.estimated_bytes)}",
         "output": str(output),
     }
     for key, value in rows.items():
-        table.add_row(key, value)
+        if value:
+            table.add_row(key, value)
     return table
 
 
