@@ -49,13 +49,13 @@ def layer_config(
 def add_parameters(layer: Any, weight: PackedWeight, dtype: torch.dtype, partitions: list[int]) -> None:
     """Give `layer` what vLLM would have loaded from a compressed-tensors checkpoint of this weight.
 
-    weight_packed int32 [N, K*bits/32], weight_scale [N, K/G], weight_zero_point int32 [N*bits/32, K/G], and the sizes
+    weight_packed int32 [N, K*bits/32], weight_scale [N, K/G], weight_zero_point int32 [N*bits/32, K/G], and the facts
     that vLLM's kernels read from a layer, where it does not have them.
     """
     (rows, cols), bits = weight.shape, weight.scheme.bits
-    sizes = {"input_size_per_partition": cols, "output_size_per_partition": rows, "params_dtype": dtype,
-             "output_partition_sizes": partitions}  # fmt: skip
-    for name, value in sizes.items():
+    facts = {"input_size_per_partition": cols, "output_size_per_partition": rows, "params_dtype": dtype,
+             "output_partition_sizes": partitions, "has_bias": getattr(layer, "bias", None) is not None}  # fmt: skip
+    for name, value in facts.items():
         if not hasattr(layer, name):
             setattr(layer, name, value)
     factor = Fraction(WORD_BITS, bits)
