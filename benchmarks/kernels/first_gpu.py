@@ -9,11 +9,13 @@ ends nothing else, and what was measured before is kept:
     compile   every kernel that the layers of the 2B and 7B can need, all widths at once
     correct   tests/kernels/test_gpu.py: every path against float64, repeated and captured products equal bit for bit,
               one launch equal to two, one process per width
-    bench     7B, then 2B, g128: ours, cuBLAS and the peers that can be imported; kernels.csv and kernels.png
+    bench     7B, then 2B, g128: ours, cuBLAS and vLLM's kernels; kernels.csv and kernels.png
     table     the fastest plan of every 7B layer and M: the table for VLMQ_TABLE
+    GemLite   beside ours, in gemlite.csv: late and apart, as it tunes itself for minutes
 
-Results are in OUT/DEVICE. What is not there at the end had no time left: the log says so. Peers: vLLM, humming-kernels
-and GemLite, whichever can be imported.
+Results are in OUT/DEVICE. What is not there at the end had no time left: the log says so. Peers: vLLM with
+humming-kernels, and GemLite, whichever can be imported. A peer that brings its process down, as an illegal access of
+memory does, is left out of a second try.
 """
 
 import argparse
@@ -29,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.serving.stages import Clock, Log
+from benchmarks.serving.stages import Clock, Log, put_nvrtc_on_path
 from vlmq_serve.device import device_name
 from vlmq_serve.kernels.tables import file_name
 
@@ -41,12 +43,16 @@ BITS = (4, 3, 2, 8)
 
 @dataclass(frozen=True)
 class Stage:
-    """Commands that run at the same time, at most `seconds`; rehearsal: the same on a CPU, none where it cannot."""
+    """Commands that run at the same time, at most `seconds`; rehearsal: the same on a CPU, none where it cannot.
+
+    peers: kernels of others run in it too, and may be left out.
+    """
 
     name: str
     seconds: int
     commands: tuple[tuple[str, ...], ...]
     rehearsal: tuple[tuple[str, ...], ...] = ()
+    peers: bool = False
 
 
 def stages(out: Path) -> Iterator[Stage]:
@@ -56,17 +62,18 @@ def stages(out: Path) -> Iterator[Stage]:
     test = (sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/kernels/test_gpu.py", "-k")
     checks = tuple((*test, f"w{bits}") for bits in BITS)
     yield Stage("correct", 150, checks, checks[:1])
-    table, plot = str(out / "kernels.csv"), str(out / "kernels.png")
-    bench = (*VLMQ, "bench", "kernels", "-o", table, "--plot", plot, "--group-size", "128", "--seconds")
-    tiny = (*bench, "0.01", "--device", "cpu", "--models", "2B", "--layers", "o", "--rows", "1", "--bits", "4")
-    yield Stage(
-        "bench 7B, few M", 150, ((*bench, "0.1", "--models", "7B", "--rows", "1,16,64,256,1024,4096"),), (tiny,)
-    )
+    few = ("--rows", "1,16,64,256,1024,4096")
+    bench = (*VLMQ, "bench", "kernels", "--group-size", "128")
+    ours = (*bench, "-o", str(out / "kernels.csv"), "--plot", str(out / "kernels.png"), "--peers", "vllm", "--seconds")
+    tiny = (*ours, "0.01", "--device", "cpu", "--models", "2B", "--layers", "o", "--rows", "1", "--bits", "4")
+    yield Stage("bench 7B, few M", 200, ((*ours, "0.1", "--models", "7B", *few),), (tiny,), peers=True)
     file = str(out / file_name(device_name()))
     tune = ("--models", "7B", "--rows", "1,2,4,8,16,32,64,128,256,512", "--write-table", file)
-    yield Stage("table 7B", 200, ((*bench, "0.05", *tune),))
-    yield Stage("bench 2B, few M", 100, ((*bench, "0.1", "--models", "2B", "--rows", "1,16,64,256,1024,4096"),))
-    yield Stage("bench, every M", 300, ((*bench, "0.1", "--models", "7B,2B"),))
+    yield Stage("table 7B", 200, ((*ours, "0.05", *tune),), peers=True)
+    yield Stage("bench 2B, few M", 100, ((*ours, "0.1", "--models", "2B", *few),), peers=True)
+    gemlite = (*bench, "-o", str(out / "gemlite.csv"), "--peers", "gemlite", "--bits", "4,2", "--seconds", "0.1")
+    yield Stage("GemLite 7B", 200, ((*gemlite, "--models", "7B", *few),))
+    yield Stage("bench, every M", 300, ((*ours, "0.1", "--models", "7B,2B"),), peers=True)
 
 
 def main() -> None:
@@ -84,6 +91,7 @@ def main() -> None:
         raise SystemExit("torch sees no GPU; --dry-run rehearses the stages on the CPU")
     out = options.out / Path(file_name(device_name())).stem
     out.mkdir(parents=True, exist_ok=True)
+    put_nvrtc_on_path()
     log = Log(out / "log.txt", Clock(options.seconds))
     log(f"{device_name()}, torch {torch.__version__}, peers: {', '.join(filter(_importable, PEERS)) or 'none'}")
     good = {stage.name: run(stage, out, log, options.dry_run) for stage in stages(out)}
@@ -105,10 +113,19 @@ def run(stage: Stage, out: Path, log: Log, rehearse: bool) -> bool:
         for command in stage.commands:
             log(f"{stage.name}: would run {' '.join(command).replace(' '.join(VLMQ), 'vlmq')}")
         return True
+    good, crashed = _run_all(commands, stage, out, log)
+    if crashed and stage.peers and not rehearse:
+        log(f"{stage.name}: once more, without the kernels of others")
+        good, _ = _run_all(tuple((*command, "--peers", "none") for command in commands), stage, out, log)
+    return good
+
+
+def _run_all(commands: tuple[tuple[str, ...], ...], stage: Stage, out: Path, log: Log) -> tuple[bool, bool]:
+    """Whether every command ended well within its time and ours, and whether one ended badly by itself."""
     limit = min(float(stage.seconds), log.clock.left())
     if limit < 10:
         log(f"{stage.name}: left out, no time")
-        return False
+        return False, False
     log(f"{stage.name}: {len(commands)} processes, at most {limit:.0f} s")
     with ThreadPoolExecutor(len(commands)) as pool:
         files = [out / f"{stage.name.replace(' ', '-').replace(',', '')}-{i}.txt" for i in range(len(commands))]
@@ -116,13 +133,13 @@ def run(stage: Stage, out: Path, log: Log, rehearse: bool) -> bool:
     for code, file in zip(codes, files, strict=True):
         last = " | ".join(file.read_text(encoding="utf-8", errors="replace").split("\n")[-3:]).strip(" |")
         log(f"{stage.name}: {'time is up' if code is None else f'exit status {code}'}: {last[-300:]}")
-    return all(code == 0 for code in codes)
+    return all(code == 0 for code in codes), any(code for code in codes)
 
 
 def _run(command: tuple[str, ...], file: Path, limit: float) -> int | None:
     """Exit status, None when the time was up."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    with file.open("w", encoding="utf-8") as handle:
+    with file.open("a", encoding="utf-8") as handle:
         process = subprocess.Popen(command, stdout=handle, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
         try:
             return process.wait(timeout=limit)

@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
+
 from benchmarks.serving.random_model import TINY
 from vlmq_serve.calibrate.pipeline import calibrate
 from vlmq_serve.calibrate.recipe import make_recipe
@@ -67,6 +69,15 @@ def put_vllm_on_path() -> None:
     script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m vllm.entrypoints.cli.main "$@"\n', encoding="utf-8")
     script.chmod(0o755)
     os.environ["PATH"] = f"{script.parent}{os.pathsep}{os.environ['PATH']}"
+
+
+def put_nvrtc_on_path() -> None:
+    """The compiler that came with torch where child processes find all of it: NVRTC looks for its builtins on the
+    library path alone, not beside itself, and Humming calls it in a process of its own."""
+    packages = Path(torch.__file__).parents[1] / "nvidia"
+    folders = sorted({str(file.parent) for file in packages.glob("*/lib/libnvrtc-builtins.so*")})
+    given = os.environ.get("LD_LIBRARY_PATH")
+    os.environ["LD_LIBRARY_PATH"] = os.pathsep.join([*([given] if given else []), *folders])
 
 
 def random_model(folder: Path, size: str, bits: Sequence[int] = (), parts: str = "") -> None:

@@ -2,8 +2,10 @@
 
 import csv
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from typer.testing import CliRunner, Result
 
 from vlmq_serve.cli import app
 from vlmq_serve.cli.bench import kernel_peers, kernel_results
+from vlmq_serve.cli.bench.kernels import _peers
+from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.format.scheme import Scheme
 from vlmq_serve.kernels.bench import measure
 from vlmq_serve.kernels.bench.candidates import PEER, Candidate
@@ -111,6 +115,27 @@ def test_a_wrong_or_failing_peer_gets_no_time() -> None:
     bad = {m.path for m in cell if math.isnan(m.microseconds)}
     assert bad == {"wrong", "broken"}
     assert len(list(kernel_results.wrong(cell))) == 2
+
+
+@pytest.mark.unit
+def test_a_peer_that_fails_while_it_is_built_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise NotImplementedError("Invalid input shapes")
+
+    fake = SimpleNamespace(DType=SimpleNamespace(BF16=0, FP16=1), GemLiteLinearTriton=refuse)
+    monkeypatch.setitem(sys.modules, "gemlite", SimpleNamespace(core=fake))
+    monkeypatch.setitem(sys.modules, "gemlite.core", fake)
+    weight = random_weight(TINY, Scheme(4, 128), torch.bfloat16, CPU)
+    assert list(kernel_peers.gemlite_peers(weight, torch.bfloat16, 1)) == []
+
+
+@pytest.mark.unit
+def test_peers_are_chosen_by_name() -> None:
+    assert _peers("vllm,gemlite") == [kernel_peers.vllm_peers, kernel_peers.gemlite_peers]
+    assert _peers("gemlite") == [kernel_peers.gemlite_peers]
+    assert _peers("none") == []
+    with pytest.raises(VLMQError, match=r"--peers: got \['marlin'\], allowed \['vllm', 'gemlite', 'none'\]"):
+        _peers("vllm,marlin")
 
 
 @pytest.mark.unit

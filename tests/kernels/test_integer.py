@@ -240,7 +240,11 @@ def test_processes_that_build_at_once(fresh: Path) -> None:
         "assert prepare(random_weight(32, 64, 4, 32, False), torch.float32, 'cpu').path == 'cpu_int16'\n"
     )
     root = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), native.CACHE_ENVIRONMENT: str(fresh)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join((str(root), os.environ.get("PYTHONPATH", ""))),
+        native.CACHE_ENVIRONMENT: str(fresh),
+    }
     running = [
         subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=root, stderr=subprocess.PIPE, text=True)
         for _ in range(3)

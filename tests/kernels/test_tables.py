@@ -155,7 +155,12 @@ def test_a_table_is_measured_written_and_used(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     path = tmp_path / "t.json"
     root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join((str(root), os.environ.get("PYTHONPATH", ""))),
+        "OMP_NUM_THREADS": "1",
+        "TRITON_INTERPRET": "1",
+    }
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.kernels.triton_tuning", str(path)], env=environment, cwd=root,
         capture_output=True, text=True, timeout=600, check=False,

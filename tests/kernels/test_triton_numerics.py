@@ -94,7 +94,11 @@ EVERY = list({str(c["id"]): c for c in [*CASES, *EXACT, *(c for group in SUMS fo
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, dict[str, object]]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", ""))),
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(RUNNER)], input=json.dumps(EVERY), env=environment, capture_output=True,
         text=True, timeout=600, check=False,

@@ -65,6 +65,16 @@ def test_vllms_kernel_multiplies_with_our_weights(scheme: Scheme) -> None:
         assert float((y.double() - expected).norm() / expected.norm()) < 1e-2
 
 
+@pytest.mark.parametrize("bias", [None, torch.zeros(96)], ids=["without", "with"])
+def test_a_layer_says_whether_it_has_a_bias(bias: torch.Tensor | None) -> None:
+    """Humming asks; vLLM's linear layers say it, its head and a bare module do not."""
+    layer = torch.nn.Module()
+    layer.bias = None if bias is None else torch.nn.Parameter(bias)
+    weight = random_weight(LAYER, Scheme(3, 64), BF16, CPU)
+    backend.add_parameters(layer, weight, BF16, [96])
+    assert layer.has_bias == (bias is not None)
+
+
 @pytest.mark.parametrize("name", ["auto", "triton"])
 def test_ours_serve_without_a_table(name: str) -> None:
     method, layer, exact = loaded(Scheme(3, 64), name)

@@ -123,16 +123,23 @@ def _vllm_call(kernel: Any, layer: torch.nn.Module) -> Call:
 
 
 def gemlite_peers(weight: PackedWeight, dtype: torch.dtype, rotation: int) -> Iterator[Candidate]:
-    """GemLite's linear, tuned by its own shipped tables; it has no 3-bit weights."""
+    """GemLite's linear; it has no 3-bit weights. Shapes that its shipped tables lack, such as any with 2 bits, it tunes
+    in the first product of each M, which takes long."""
+    if weight.scheme.bits == 3:
+        return
     try:
-        from gemlite.core import DType, GemLiteLinearTriton
+        # Importing it asks for a CUDA device.
+        calls, size = _gemlite_calls(weight, dtype, rotation)
     except Exception as error:
-        # Not only where it is missing: importing it asks for a CUDA device.
-        logger.info("GemLite is not measured: %s", error)
+        logger.info("GemLite is not measured: %s: %s", type(error).__name__, error)
         return
+    yield Candidate(f"GemLite {short(dtype)}", PEER, str(weight.scheme), dtype, calls, size)
+
+
+def _gemlite_calls(weight: PackedWeight, dtype: torch.dtype, rotation: int) -> tuple[tuple[Call, ...], int]:
+    from gemlite.core import DType, GemLiteLinearTriton
+
     scheme, (rows, cols) = weight.scheme, weight.shape
-    if scheme.bits == 3:
-        return
     kind = DType.BF16 if dtype == torch.bfloat16 else DType.FP16
     zeros: Any = scheme.mid_code if weight.zeros is None else weight.zeros.to(dtype)
     calls: list[Call] = []
@@ -143,4 +150,4 @@ def gemlite_peers(weight: PackedWeight, dtype: torch.dtype, rotation: int) -> It
         tensors = [t for t in layer.get_tensor_args() if isinstance(t, Tensor)]
         size = sum(t.numel() * t.element_size() for t in tensors)
         calls.append(layer.forward)
-    yield Candidate(f"GemLite {short(dtype)}", PEER, str(scheme), dtype, tuple(calls), size)
+    return tuple(calls), size

@@ -9,6 +9,7 @@ from vlmq_serve.cli.console import err, one_line_errors, out, progress_bar
 from vlmq_serve.format.errors import VLMQError
 
 if TYPE_CHECKING:
+    from vlmq_serve.kernels.bench.candidates import PeerFactory
     from vlmq_serve.kernels.bench.layers import Layer
     from vlmq_serve.kernels.bench.measure import Settings
 
@@ -34,6 +35,7 @@ def kernels(
     dtype: Annotated[str, typer.Option(help="16-bit type: bf16 or fp16.")] = "bf16",
     threads: Annotated[int, typer.Option(help="CPU threads; 0: as torch chooses.")] = 0,
     seconds: Annotated[float, typer.Option(help="Time for each kernel at each M.")] = 0.3,
+    peers: Annotated[str, typer.Option(help="Other packages on a GPU: vllm, gemlite, or none.")] = "vllm,gemlite",
     quick: Annotated[bool, typer.Option("--quick", help="Only qkv and down at M 1 and 16.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the file holds.")] = False,
     plot: Annotated[Path | None, typer.Option(help="PNG or SVG; needs matplotlib.")] = None,
@@ -62,6 +64,7 @@ def kernels(
     wanted = _layers(models or ("2B,7B" if on_gpu else "2B"), layers or ("qkv,down" if quick else ""))
     counts = _numbers("rows", rows or (QUICK_ROWS if quick else GPU_ROWS if on_gpu else CPU_ROWS))
     schemes = _schemes(_numbers("bits", bits), _numbers("group-size", group_size), symmetric)
+    others = _peers(peers) if on_gpu else []
     where = environment(settings)
     if write_table is not None:
         kernel_tables.check(settings)
@@ -74,7 +77,7 @@ def kernels(
             if not left:
                 continue
             bar.update(task, note=f"{layer.model} {layer.name}: preparing")
-            for cell in measure_layer(layer, left, schemes, settings, _peers(on_gpu)):
+            for cell in measure_layer(layer, left, schemes, settings, others):
                 results.append(output, where, cell, fresh=fresh)
                 bar.update(task, advance=1, note=f"{layer.model} {layer.name}, M={cell[0].rows}")
     found = results.select(results.read(output, where), wanted, counts, schemes)
@@ -140,9 +143,11 @@ def _schemes(bits: list[int], groups: list[int], symmetric: bool) -> list[str]:
     return [str(Scheme(width, group, symmetric)) for group in groups for width in bits]
 
 
-def _peers(on_gpu: bool) -> list:
-    if not on_gpu:
-        return []
+def _peers(text: str) -> "list[PeerFactory]":
     from vlmq_serve.cli.bench.kernel_peers import gemlite_peers, vllm_peers
 
-    return [vllm_peers, gemlite_peers]
+    known: dict[str, list[PeerFactory]] = {"vllm": [vllm_peers], "gemlite": [gemlite_peers], "none": []}
+    unknown = set(text.split(",")) - set(known)
+    if unknown:
+        raise VLMQError(f"--peers: got {sorted(unknown)}, allowed {list(known)}, with commas between")
+    return [factory for name in text.split(",") for factory in known[name]]
