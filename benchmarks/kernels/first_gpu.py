@@ -59,7 +59,8 @@ def stages(out: Path) -> Iterator[Stage]:
     """In order of value."""
     module = (sys.executable, "-m", "benchmarks.kernels.first_gpu", str(out))
     yield Stage("compile", 150, tuple((*module, "--compile", str(bits)) for bits in BITS))
-    test = (sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/kernels/test_gpu.py", "-k")
+    options = ("-q", "--tb=short", "-p", "no:cacheprovider")
+    test = (sys.executable, "-m", "pytest", *options, "tests/kernels/test_gpu.py", "-k")
     checks = tuple((*test, f"w{bits}") for bits in BITS)
     yield Stage("correct", 150, checks, checks[:1])
     few = ("--rows", "1,16,64,256,1024,4096")
