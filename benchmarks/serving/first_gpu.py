@@ -48,7 +48,7 @@ CPU_ARGUMENTS: tuple[str, ...] = (
     IMAGES, "--max-model-len=2048", "--max-num-seqs=4", f"--kv-cache-memory-bytes={64 << 20}", "--enforce-eager",
 )  # fmt: skip
 # A fixed KV cache: what vLLM measures by itself is wrong while other servers start on the same GPU. Fewer tokens at a
-# time than its 8192: seven servers of 7B keep 5 GiB less for activations, without which they do not fit 80 GB.
+# time than its 8192: each server keeps 1.6 GiB less for activations, and seven of 7B would come too close to 80 GB.
 GPU_ARGUMENTS: tuple[str, ...] = (
     IMAGES, "--max-model-len=4096", "--max-num-seqs=32", "--max-num-batched-tokens=2048",
     f"--kv-cache-memory-bytes={1 << 30}", "--gpu-memory-utilization=0.05",
