@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.kernels.weights import random_weight
 from vlmq_serve.format.scheme import Scheme
 from vlmq_serve.format.weight import PackedWeight
 from vlmq_serve.kernels import planes
@@ -150,3 +151,13 @@ def test_the_second_half_of_a_slab_looks_like_the_first_after_a_shift(bits: int)
         assert torch.equal(low[:, 2], high[:, 2])
     else:
         assert torch.equal(low, high)
+
+
+def test_rows_are_repacked_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head has half a billion codes; in parts they give the words that they give at once."""
+    weight = random_weight(70, 320, 3, 32, False)
+    whole, _ = planes.prepare_planes(weight, torch.bfloat16)
+    monkeypatch.setattr(planes, "CODES_AT_ONCE", 16 * 320)
+    parts, _ = planes.prepare_planes(weight, torch.bfloat16)
+    assert torch.equal(parts, whole)
+    assert torch.equal(planes.unpack_planes(parts, 3)[:, :320], weight.codes())

@@ -22,6 +22,7 @@ slice (rows) or a range of slabs (columns). Exactly 2, 3, 4 and 8 bits per weigh
 import torch
 from torch import Tensor
 
+from vlmq_serve.format.packing import unpack_codes
 from vlmq_serve.format.weight import PackedWeight
 
 PLANES = {2: 8, 3: 16, 4: 4, 8: 2}
@@ -29,6 +30,8 @@ WORDS = {2: 1, 3: 3, 4: 1, 8: 1}
 SLABS = {2: (512, 256, 128), 3: (512, 256), 4: (256, 128, 64), 8: (128, 64)}
 """Codes per slab, best first: as long as registers allow (4 and 8 bits) and planes of at least 16, which a matrix
 instruction needs."""
+CODES_AT_ONCE = 1 << 23
+"""While repacking: some 12 bytes each for a moment."""
 
 
 def slab_length(in_features: int, group_size: int, bits: int) -> int:
@@ -71,6 +74,19 @@ def bit_fields(bits: int) -> list[tuple[int, int, int, int, int]]:
     return fields
 
 
+def _repacked(weight: PackedWeight, slab: int) -> Tensor:
+    """The words of a weight, K padded to whole slabs; some rows at a time, as codes are wide integers on the way."""
+    (rows, cols), bits = weight.shape, weight.scheme.bits
+    pad = -cols % slab
+    shape = ((cols + pad) // slab, WORDS[bits], rows, slab // PLANES[bits])
+    words = torch.empty(shape, dtype=torch.int16, device=weight.qweight.device)
+    step = max(1, CODES_AT_ONCE // cols)
+    for start in range(0, rows, step):
+        codes = unpack_codes(weight.qweight[start : start + step], bits)
+        words[:, :, start : start + step] = pack_planes(torch.nn.functional.pad(codes, (0, pad)), bits, slab)
+    return words
+
+
 def prepare_planes(weight: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """For the Triton kernels: words [slabs, words, N, KW], and scales with zeros in `dtype`, [groups, N, 2].
 
@@ -82,7 +98,7 @@ def prepare_planes(weight: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, Te
     group = weight.scheme.group_length(cols)
     slab = slab_length(cols, group, bits)
     pad = -cols % slab
-    words = pack_planes(torch.nn.functional.pad(weight.codes(), (0, pad)), bits, slab)
+    words = _repacked(weight, slab)
     scales = weight.scales.to(dtype)
     middle = torch.full_like(scales, weight.scheme.mid_code)
     zeros = middle if weight.zeros is None else weight.zeros.to(dtype)
