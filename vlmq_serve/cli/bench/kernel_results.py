@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from vlmq_serve.format.errors import VLMQError
-from vlmq_serve.kernels.bench.candidates import DENSE, OURS
+from vlmq_serve.kernels.bench.candidates import DENSE, ON_REQUEST, OURS
 from vlmq_serve.kernels.bench.layers import Layer
 from vlmq_serve.kernels.bench.measure import Measurement
 
@@ -141,7 +141,7 @@ def draw(found: Sequence[Measurement], where: dict[str, str], path: Path) -> Non
         rows = [m for m in found if m.model == model and m.scheme in ("", scheme)]
         for name in dict.fromkeys(m.path for m in rows):
             line = [(c, [m.over_bf16 for m in rows if (m.path, m.rows) == (name, c)]) for c in _counts(rows)]
-            style = {OURS: "-o", DENSE: "--"}.get(next(m.kind for m in rows if m.path == name), ":s")
+            style = {OURS: "-o", ON_REQUEST: "-^", DENSE: "--"}.get(next(m.kind for m in rows if m.path == name), ":s")
             points = [(count, mean(values)) for count, values in line if values]
             axis.plot(*zip(*points, strict=True), style, label=name, markersize=4)
         axis.set_xscale("log", base=2)

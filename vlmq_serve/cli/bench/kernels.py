@@ -64,7 +64,8 @@ def kernels(
     wanted = _layers(models or ("2B,7B" if on_gpu else "2B"), layers or ("qkv,down" if quick else ""))
     counts = _numbers("rows", rows or (QUICK_ROWS if quick else GPU_ROWS if on_gpu else CPU_ROWS))
     schemes = _schemes(_numbers("bits", bits), _numbers("group-size", group_size), symmetric)
-    others = _peers(peers) if on_gpu else []
+    chosen_peers = _peers(peers)
+    others = chosen_peers if on_gpu else []
     where = environment(settings)
     if write_table is not None:
         kernel_tables.check(settings)

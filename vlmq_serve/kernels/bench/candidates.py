@@ -16,16 +16,18 @@ from vlmq_serve.kernels.prepared import PreparedWeight, linear, operand_of, prep
 
 Call = Callable[[Tensor], Tensor]
 
-DENSE, OURS, PEER = "dense", "ours", "peer"
+DENSE, OURS, ON_REQUEST, PEER = "dense", "ours", "on request", "peer"
+"""ON_REQUEST: ours too, but nobody is served by it who has not asked, so no summary takes it for our speed."""
 
 
 @dataclass(frozen=True)
 class Candidate:
     """One way to multiply with one weight.
 
-    `kind` is DENSE, OURS or PEER; `scheme` the weight's, or that of the weight which was dequantized. `calls` take
-    x [M, K] of `dtype` and differ in nothing but the copy of the weight. `nbytes` is the size of one copy. `distinct`:
-    whether it does anything of its own at this M, as a forced part of a family does where the family would not.
+    `kind` is DENSE, OURS, ON_REQUEST or PEER; `scheme` the weight's, or that of the weight which was dequantized.
+    `calls` take x [M, K] of `dtype` and differ in nothing but the copy of the weight. `nbytes` is the size of one copy.
+    `distinct`: whether it does anything of its own at this M, as a forced part of a family does where the family would
+    not.
     """
 
     name: str
@@ -68,7 +70,8 @@ def ours(weight: PackedWeight, dtypes: Iterable[torch.dtype], rotation: int) -> 
             calls = tuple(_our_call(clone) for clone in clones)
             name = f"{path} {short(dtype)}"
             distinct = partial(_distinct, prepared)
-            yield Candidate(name, OURS, str(weight.scheme), dtype, calls, prepared.nbytes, distinct)
+            kind = ON_REQUEST if path == choice.CPU_INT8 else OURS
+            yield Candidate(name, kind, str(weight.scheme), dtype, calls, prepared.nbytes, distinct)
 
 
 def short(dtype: torch.dtype) -> str:

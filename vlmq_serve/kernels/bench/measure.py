@@ -11,7 +11,7 @@ from torch import Tensor
 from vlmq_serve.device import device_name
 from vlmq_serve.format.scheme import Scheme
 from vlmq_serve.kernels.bench import candidates
-from vlmq_serve.kernels.bench.candidates import DENSE, OURS, PEER, Candidate, PeerFactory
+from vlmq_serve.kernels.bench.candidates import DENSE, ON_REQUEST, OURS, PEER, Candidate, PeerFactory
 from vlmq_serve.kernels.bench.layers import Layer, random_weight
 from vlmq_serve.kernels.bench.timing import cache_bytes, clock_name, median_seconds
 
@@ -133,7 +133,7 @@ def _measurement(
     return Measurement(
         layer.model, layer.name, layer.out_features, layer.in_features, rows,
         "" if candidate.kind == DENSE else candidate.scheme, candidate.name, candidate.kind, 1e6 * seconds,
-        baseline / seconds, min(others) / seconds if candidate.kind == OURS else float("nan"),
+        baseline / seconds, min(others) / seconds if candidate.kind in (OURS, ON_REQUEST) else float("nan"),
         moved / settings.copy_rate / seconds, error, 8 * candidate.nbytes / weights,
     )  # fmt: skip
 
