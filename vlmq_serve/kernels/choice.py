@@ -16,7 +16,7 @@ CPU_INT4 = "cpu_int4"
 CPU_DEQUANT = "cpu_dequant"
 CPU_INT16 = "cpu_int16"
 CPU_INT8 = "cpu_int8"
-INTEGER_BITS = {CPU_INT16: 16, CPU_INT8: 8}
+ACTIVATION_BITS = {CPU_INT16: 16, CPU_INT8: 8}
 """Paths with integer products, and the bits to which they round activations."""
 TRITON = "triton"
 TRITON_KINDS = {
@@ -26,9 +26,8 @@ TRITON_KINDS = {
 """Paths on the plane layout: by M, or a part of the family forced (`plan.KINDS`)."""
 PATHS = (REFERENCE, CPU_INT16, CPU_INT8, CPU_INT4, CPU_DEQUANT, *TRITON_KINDS)
 CPU_ORDER = (CPU_INT16, CPU_INT4, CPU_DEQUANT)
-"""By preference; the later ones serve where our own kernels could not be compiled. Measured: docs/kernels.md.
-`cpu_int8`
-is not among them: it is less exact than the activations that it is given, so the user has to ask for it."""
+"""By preference; the later ones serve where our own kernels could not be compiled. Measured: docs/kernels.md. The user
+has to ask for `cpu_int8`, as it is less exact than the activations that it is given."""
 ENVIRONMENT = "VLMQ_KERNEL"
 NIBBLE_BITS = (2, 3, 4)
 """Of the CPU paths that hold 4 bits at every width; all others hold each width that a checkpoint may have."""
@@ -46,16 +45,16 @@ def choose_path(bits: int, dtype: torch.dtype, device: torch.device, forced: str
     """
     if dtype not in ACTIVATIONS:
         raise VLMQError(f"activations: got {dtype}, allowed {[str(d) for d in ACTIVATIONS]}")
-    path = forced or os.environ.get(ENVIRONMENT) or None
+    path, asked = forced or os.environ.get(ENVIRONMENT) or None, "kernel" if forced else ENVIRONMENT
     if path is None:
         return _automatic(bits, dtype, device)
     if path not in PATHS:
-        raise VLMQError(f"{ENVIRONMENT}: got {path!r}, allowed {list(PATHS)}; unset it for the automatic choice")
+        raise VLMQError(f"{asked}: got {path!r}, allowed {list(PATHS)}; leave it out for the automatic choice")
     reason = _refusal(path, bits, dtype, device)
     if reason:
         case = f"W{bits} with {dtype} on {device}"
         better = _automatic(bits, dtype, device)
-        raise VLMQError(f"{ENVIRONMENT}: got {path!r}, which cannot serve {case} ({reason}); use {better!r}")
+        raise VLMQError(f"{asked}: got {path!r}, which cannot serve {case} ({reason}); use {better!r}")
     return path
 
 
@@ -83,7 +82,7 @@ def _refusal(path: str, bits: int, dtype: torch.dtype, device: torch.device) -> 
         return None if device.type == "cuda" or interpreted else "it needs an NVIDIA GPU"
     if device.type != "cpu":
         return "it runs on CPUs"
-    if path in INTEGER_BITS and native.library() is None:
+    if path in ACTIVATION_BITS and native.library() is None:
         return "it needs a C++ compiler and a CPU with AVX2"
     if path == CPU_INT4 and dtype != torch.bfloat16:
         return "torch's int4 kernel is fast for bfloat16 only"

@@ -47,8 +47,8 @@ def _gemm(
 
         weight = triton_path.Operand(qdata, scales, bits, group_size, out_features, rows.shape[1])
         y = triton_path.gemm(rows, weight, choice.TRITON_KINDS[path])
-    elif path in choice.INTEGER_BITS:
-        y = integer.gemm_integer(rows, qdata, scales, zeros, bits, out_features, choice.INTEGER_BITS[path])
+    elif path in choice.ACTIVATION_BITS:
+        y = integer.gemm_integer(rows, qdata, scales, zeros, bits, out_features, choice.ACTIVATION_BITS[path])
     elif path == choice.CPU_INT4:
         y = cpu.gemm_int4(rows, qdata, scales, zeros, out_features)
     elif path == choice.CPU_DEQUANT:

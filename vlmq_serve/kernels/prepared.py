@@ -88,7 +88,7 @@ def _repack(weight: PackedWeight, dtype: torch.dtype, path: str) -> tuple[Tensor
         from vlmq_serve.kernels import planes
 
         return *planes.prepare_planes(weight, dtype), torch.empty(0, dtype=dtype, device=weight.qweight.device)
-    if path in choice.INTEGER_BITS:
+    if path in choice.ACTIVATION_BITS:
         return prepare_integer(weight)
     if path == choice.CPU_INT4:
         block = int4_kernel_block()

@@ -21,7 +21,7 @@ from vlmq_serve.kernels.choice import available_paths
 from vlmq_serve.quant_methods.inventory import Inventory, read_inventory
 from vlmq_serve.quant_methods.linear import VLMQLinearMethod
 from vlmq_serve.quant_methods.names import map_spec, names_in_vllm
-from vlmq_serve.quant_methods.options import BACKEND_OVERRIDE, read_backend, read_kernel
+from vlmq_serve.quant_methods.options import BACKEND_OVERRIDE, read_options
 
 logger = logging.getLogger(__name__)
 MIN_CAPABILITY = 80
@@ -35,7 +35,7 @@ class VLMQConfig(QuantizationConfig):
         super().__init__()
         self.spec = spec
         self.inventory: Inventory | None = None
-        self.backend, self.kernel = read_backend(), read_kernel()
+        self.backend, self.kernel = read_options()
         self._applied_mappers: list[str] = []
 
     def __repr__(self) -> str:
@@ -72,7 +72,7 @@ class VLMQConfig(QuantizationConfig):
 
         A name on the Hugging Face hub is not downloaded yet at this point: there, the checks after loading remain.
         """
-        self.backend, self.kernel = read_backend(hf_config), read_kernel(hf_config)
+        self.backend, self.kernel = read_options(hf_config)
         if hf_config is not None:
             # A compiled graph holds the kernel's name. vLLM finds its compiled graphs again by this config, so a
             # graph for another choice would be used with weights packed for this one.
