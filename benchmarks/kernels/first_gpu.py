@@ -9,7 +9,7 @@ ends nothing else, and what was measured before is kept:
     compile   every kernel that the layers of the 2B and 7B can need, all widths at once
     correct   tests/kernels/test_gpu.py: every path against float64, repeated and captured products equal bit for bit,
               one launch equal to two, one process per width
-    bench     7B, then 2B, g128: ours, cuBLAS and vLLM's kernels; kernels.csv and kernels.png
+    bench     7B, then 2B, g128, 4, 3 and 2 bits: ours, cuBLAS and vLLM's kernels; kernels.csv and kernels.png
     table     the fastest plan of every 7B layer and M: the table for VLMQ_TABLE
     GemLite   beside ours, in gemlite.csv: late and apart, as it tunes itself for minutes
 

@@ -155,7 +155,11 @@ def _write(path: Path, rows: list[Agreement]) -> None:
     kept: list[dict[str, Any]] = []
     if path.exists():
         with path.open(encoding="utf-8") as handle:
-            kept = [r for r in csv.DictReader(handle) if (r["checkpoint"], r["kernel"], r["served_dtype"]) not in new]
+            kept = [
+                r
+                for r in csv.DictReader(handle)
+                if (r["checkpoint"], r.get("kernel", ""), r["served_dtype"]) not in new
+            ]
     with path.open("w", newline="", encoding="utf-8") as handle:
         writer = csv.DictWriter(handle, [field.name for field in fields(Agreement)], lineterminator="\n")
         writer.writeheader()

@@ -1,7 +1,7 @@
 import pytest
 
-from vlmq_serve.calibrate.recipe import load_recipe, make_recipe
-from vlmq_serve.calibrate.unused import unused_settings
+from vlmq_serve.calibrate.recipe import Recipe, load_recipe, make_recipe
+from vlmq_serve.calibrate.unused import ALWAYS_READ, unused_settings
 from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.format.scheme import Scheme
 
@@ -66,7 +66,15 @@ def test_residual_follows_the_paper(method, base, bits, expected):
         ({"method": "awq", "percdamp": 0.1, "act_order": False, "lm_head": "w8"}, []),
         ({"method": "qvlm", "vision_epochs": 3, "activation_range": "tensor"}, ["activation_range", "vision_epochs"]),
         ({"method": "rtn", "samples": 9}, []),
+        ({"method": "qvlm", "grid": "mse"}, ["grid"]),
+        ({"method": "qvlm", "grid": "mse", "vision": "w8"}, []),
     ],
 )
 def test_settings_that_nothing_reads(settings, unused):
     assert unused_settings(make_recipe(**settings)) == unused
+
+
+def test_every_setting_is_known_to_be_read_or_not():
+    """A new setting has to say who reads it."""
+    unused_settings(make_recipe(**make_recipe().model_dump()))
+    assert set(Recipe.model_fields) >= ALWAYS_READ

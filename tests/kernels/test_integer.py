@@ -63,11 +63,12 @@ def test_8_bit_inputs_lose_what_their_rounding_loses(isa: str, bits: int, group:
         exact, prepared = exact_weight(weight), prepare_integer(weight)
         block = next(b for b in (128, 64, 32) if weight.scheme.group_length(cols) % b == 0)
         for count in (1, 2, 3, 5, 16, 23):
-            x = normal(count, cols)
-            y = gemm_integer(x, *prepared, bits, rows, 8, isa)
-            # A value between two integers may be rounded to the other one in fp32.
-            assert relative_error(y, rounded(x, block) @ exact.T) <= 1e-3, (rows, cols, count)
-            assert relative_error(y, x.double() @ exact.T) <= LIMIT_OF_8, (rows, cols, count)
+            for dtype, limit in LIMIT.items():
+                x = normal(count, cols, dtype)
+                y = gemm_integer(x, *prepared, bits, rows, 8, isa)
+                # A value between two integers may be rounded to the other one in fp32.
+                assert relative_error(y, rounded(x, block) @ exact.T) <= limit + 1e-3, (rows, cols, count, dtype)
+                assert relative_error(y, x.double() @ exact.T) <= LIMIT_OF_8, (rows, cols, count, dtype)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -129,8 +130,8 @@ def test_largest_sums_fit(isa: str, x_bits: int) -> None:
         for zero in (0, 2**bits - 1):
             zeros = torch.full((32, 2), zero)
             full = PackedWeight.from_codes(top if zero == 0 else 0 * top, weight.scales, zeros, weight.scheme)
-            for count in (1, 2):
-                x = torch.full((count, 256), -3.0)
+            for count, value in ((1, -3.0), (2, -3.0), (1, 3.0), (2, 3.0)):
+                x = torch.full((count, 256), value)
                 assert relative_error(product(x, full, isa, x_bits), x.double() @ exact_weight(full).T) <= 1e-6
 
 
@@ -165,12 +166,12 @@ def test_inputs_of_any_size(isa: str, x_bits: int) -> None:
     torch.testing.assert_close(product(loud, rest, isa, x_bits), product(x, rest, isa, x_bits))
 
 
-def test_columns_of_a_wider_tensor(isa: str) -> None:
+def test_columns_of_a_wider_tensor(isa: str, x_bits: int) -> None:
     """Rows that are not contiguous with each other, and elements that are not."""
     weight = random_weight(32, 128, 4, 64, False)
     wide = normal(6, 512)
     for part in (wide[:, 128:256], wide[::2, :128], wide[:, ::4], wide[:1].expand(4, 512)[:, :128]):
-        assert torch.equal(product(part, weight, isa), product(part.contiguous(), weight, isa))
+        assert torch.equal(product(part, weight, isa, x_bits), product(part.contiguous(), weight, isa, x_bits))
 
 
 def test_same_bits_on_any_number_of_threads(isa: str, x_bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,8 +188,8 @@ def test_same_bits_on_any_number_of_threads(isa: str, x_bits: int, monkeypatch: 
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_exact_bits_per_weight_in_memory(bits: int) -> None:
-    prepared = prepare(random_weight(1024, 1024, bits, 128, False), BF16, "cpu", "cpu_int16")
+def test_exact_bits_per_weight_in_memory(bits: int, x_bits: int) -> None:
+    prepared = prepare(random_weight(1024, 1024, bits, 128, False), BF16, "cpu", f"cpu_int{x_bits}")
     assert 8 * prepared.nbytes / 2**20 == bits + (16 + 8) / 128
 
 

@@ -144,7 +144,15 @@ def test_a_measured_split_is_cut_to_the_slabs_there_are() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("measured", [(), MEASURED, ((700, Plan(Tile(16, 64, 4, 3), 2)), (4096, Plan(None)))])
+@pytest.mark.parametrize(
+    "measured",
+    [
+        (),
+        MEASURED,
+        ((700, Plan(Tile(16, 64, 4, 3), 2)), (4096, Plan(None))),
+        ((4096, Plan(tiles(4, 90)[-1], 8)),),  # the scratch cuts its split as M grows
+    ],
+)
 @pytest.mark.parametrize("gpu", [H100, A100, RTX_4090], ids=lambda g: str(g.arch))
 def test_what_is_compiled_while_loading_is_all_that_any_m_needs(
     gpu: Gpu, measured: tuple[tuple[int, Plan], ...], kind: str

@@ -2,15 +2,31 @@
 
 from vlmq_serve.calibrate.recipe import Recipe
 
+ALWAYS_READ = frozenset(
+    {
+        "method", "bits", "group_size", "symmetric", "overrides", "lm_head", "vision", "unfit", "ignore", "base",
+        "activation_bits", "simulated_vision", "device", "dtype",
+        "samples", "seed", "max_tokens", "allow_text_only", "batch_tokens",
+    }
+)  # fmt: skip
+"""By every method, or refused by the recipe where they do not fit. Those about data count as read by rtn too."""
+
 
 def unused_settings(recipe: Recipe) -> list[str]:
-    """Names of those settings, sorted. Data settings count as read: a recipe may be used for several methods."""
+    """Names of those settings, sorted."""
+    read = _read(recipe)
+    return sorted(name for name in recipe.model_fields_set - ALWAYS_READ if not read[name])
+
+
+def _read(recipe: Recipe) -> dict[str, bool]:
+    """For each other setting whether it is read."""
     widths = (recipe.scheme, *recipe.override_schemes.values())
     solvers = {recipe.solver(scheme.bits) for scheme in widths}
     if recipe.lm_head is not None and recipe.method != "rtn":
         solvers.add("gptq")
     vlmq, tlq, qvlm = (recipe.method == name for name in ("vlmq", "tlq", "qvlm"))
-    read = {
+    return {
+        "grid": not qvlm or recipe.lm_head is not None or recipe.vision is not None,
         "percdamp": solvers != {"rtn"},
         "act_order": solvers != {"rtn"},
         "alpha": "gptaq" in solvers,
@@ -27,4 +43,3 @@ def unused_settings(recipe: Recipe) -> list[str]:
         "vision_entropy": recipe.simulated_vision,
         "vision_error": recipe.simulated_vision,
     }
-    return sorted(name for name, is_read in read.items() if name in recipe.model_fields_set and not is_read)

@@ -63,8 +63,10 @@ def gemm_integer(
     x: Tensor, qdata: Tensor, scales: Tensor, zeros: Tensor, bits: int, out_features: int, x_bits: int = 16,
     isa: str | None = None,
 ) -> Tensor:  # fmt: skip
-    """x [M, K] of any float type to [M, N] in the same type, by way of integers of `x_bits` bits, 16 or 8; `isa` forces
-    one of `native.supported_isas`."""
+    """x [M, K] of any float type to [M, N] in the same type, by way of integers of `x_bits` bits, 16 or 8.
+
+    Many rows of bf16 on a CPU with AMX are multiplied without rounding x. `isa` forces one of `native.supported_isas`.
+    """
     if x.dtype == torch.bfloat16 and x.shape[0] >= DENSE_ROWS and "amx_bf16" in native.cpu_flags():
         return gemm_dense(x, qdata, scales, zeros, bits, out_features, isa)
     library = _loaded(isa)

@@ -20,7 +20,7 @@ SOURCES = Path(__file__).parent / "cpp"
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "f16c", "fma")
 ISAS = {"avx2": ("avx2", "f16c", "fma"), "avx512": _AVX512, "avx512_vnni": (*_AVX512, "avx512_vnni")}
 """By name the features that a build needs, as Linux calls them; worst first."""
-FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fvisibility=default")
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fvisibility=hidden")
 COMPILERS = ("g++", "clang++", "c++")
 CACHE_ENVIRONMENT = "VLMQ_CACHE"
 

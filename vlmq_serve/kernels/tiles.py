@@ -44,7 +44,8 @@ def tiles(bits: int, arch: int) -> tuple[Tile, ...]:
     a split K included. The widest tile takes half a slab at a time at 2 and 3 bits: x for a slab of 512 would leave
     Hopper's shared memory room for one stage, that is no pipeline, and fill the registers elsewhere, where the
     fragments of weights and sums share them: hence more warps there, from 64 rows on, at 2 and 3 bits from 32. Slabs
-    of 8 bits are half as long as those of 4: less in registers, and a stage more, which reaches as far ahead.
+    of 8 bits are half as long as those of 4: less in registers, so no more warps at 64 rows, and on 8.0 and 9.0 a stage
+    more, which reaches as far ahead.
     """
     short = bits in (4, 8)
     deep = 3 if bits == 8 and arch in SHARED_MEMORY else 2

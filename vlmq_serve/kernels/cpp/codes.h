@@ -4,8 +4,6 @@
 #pragma once
 #include "simd.h"
 
-#include <type_traits>
-
 constexpr int ROWS = 16;   // of a block
 constexpr int COLS = 32;   // of a block
 

@@ -5,7 +5,9 @@
 #include <utility>
 
 constexpr int MAX_ROWS = 256;  // of x in one pass; the caller splits more
-constexpr int AHEAD = 4096;    // words: a core's own prefetching stops at the end of a page, that is every 4 KiB
+// Words of 4 bytes. A core's own prefetching stops at the end of a page, that is every 4 KiB; ours may be told addresses
+// past the end, which it ignores.
+constexpr int AHEAD = 4096;
 
 // `count` values to y from element `at` on; `from` holds LANES.
 static void store_row(int type, void* y, int64_t at, const float* from, int64_t count) {
@@ -26,12 +28,12 @@ static void store_row(int type, void* y, int64_t at, const float* from, int64_t 
 // R rows of x with one block of columns of LANES rows of W, codes used as they are unpacked: y [R, ROWS] += products.
 template <class A, int BITS, int R>
 static void fused(const int32_t* words, const int32_t* x, int64_t x_stride, int inner, VI zeros, VF scales,
-           const float* x_scales, const int32_t* x_sums, float* y) {
+                  const float* x_scales, const int32_t* x_sums, float* y) {
   typename A::template Sum<BITS, R> s;
   for (int i = 0; i < inner; ++i) {
     s.block(words + i * BITS * ROWS, x + i * x_stride);
   }
-#pragma GCC unroll 24
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
     VI exact = add(s.sum(r), mul(zeros, set1(-x_sums[r])));
     storef(y + r * ROWS, fma(to_float(exact), mulf(scales, set1f(x_scales[r])), loadf(y + r * ROWS)));

@@ -82,6 +82,7 @@ inline uint32_t code_at(const uint32_t* row, int64_t index, int bits) {
 
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 // Rows of x that vlmq_gemm takes at once.
@@ -142,3 +143,4 @@ void vlmq_dequantize(const int32_t* codes, const void* scales, int scale_type, c
   }
 }
 }
+#pragma GCC visibility pop

@@ -2,13 +2,15 @@
 #pragma once
 #include "codes.h"
 
+#include <type_traits>
+
 constexpr int PAIRS = COLS / 2;  // of columns in a block
 
 // Integer products of R rows of x with LANES rows of codes. Codes are masked where they stand and not shifted down:
 // those at bit s are summed apart, as multiples of 2^s, and shifted once at the end. s stays small enough (6 at most)
 // for sums over 128 columns to fit in 32 bits. x of row r lies at x + r * PAIRS.
 template <int R> static inline void accumulate(VI (&sums)[R], VI codes, const int32_t* x) {
-#pragma GCC unroll 24
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r) sums[r] = dot(sums[r], codes, set1(x[r * PAIRS]));
 }
 

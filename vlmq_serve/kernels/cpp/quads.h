@@ -48,7 +48,7 @@ template <int BITS, int R> struct Quads {
   VI a[TURNS][R] = {};
   inline void block(const int32_t* words, const int32_t* x) {
     Bytes<BITS>::each(words, [&](int product, VI codes) {
-#pragma GCC unroll 24
+#pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         VI& sum = a[product % TURNS][r];
         sum = dot8<BITS>(sum, codes, set1(x[r * QUADS + product]));
