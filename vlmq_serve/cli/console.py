@@ -16,7 +16,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Column
+from rich.table import Column, Table
 
 from vlmq_serve.format.errors import VLMQError
 
@@ -40,6 +40,13 @@ def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit(1) from None
 
     return wrapped
+
+
+def print_figures(table: Table) -> None:
+    """Print a table at the width that it needs: figures that are cut say nothing, and a log has room."""
+    # A console takes no print wider than itself; a table does.
+    table.width = out.measure(table, options=out.options.update(max_width=10_000)).maximum
+    out.print(table, crop=False)
 
 
 def progress_bar() -> Progress:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vlmq_serve.cli.console import err, one_line_errors, out, progress_bar
+from vlmq_serve.cli.console import err, one_line_errors, out, print_figures, progress_bar
 from vlmq_serve.format.errors import VLMQError
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def kernels(
                 bar.update(task, advance=1, note=f"{layer.model} {layer.name}, M={cell[0].rows}")
     found = results.select(results.read(output, where), wanted, counts, schemes)
     for table in results.tables(found, where):
-        out.print(table)
+        print_figures(table)
     for line in results.wrong(found):
         err.print(f"[bold red]wrong or failed:[/] {line}", highlight=False)
     out.print(f"rows in {output}")

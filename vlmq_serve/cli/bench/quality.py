@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from vlmq_serve.cli.console import RichProgress, err, hide_loading_bars, one_line_errors, out
+from vlmq_serve.cli.console import RichProgress, err, hide_loading_bars, one_line_errors, out, print_figures
 from vlmq_serve.format.errors import VLMQError
 
 if TYPE_CHECKING:
@@ -77,5 +77,5 @@ def _write(output: Path, measured: "list[Measured]", notes: list[str], baseline:
     table = Table(*result_columns(baseline), title="95 % intervals in brackets", title_justify="left")
     for row in rows:
         table.add_row(*result_cells(row))
-    out.print(table)
+    print_figures(table)
     out.print(f"written: {output}.csv, .md and .png", highlight=False, soft_wrap=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from vlmq_serve.cli.console import err, one_line_errors, out, progress_bar
+from vlmq_serve.cli.console import err, one_line_errors, print_figures, progress_bar
 from vlmq_serve.format.errors import VLMQError
 
 if TYPE_CHECKING:
@@ -84,6 +84,6 @@ def run(
         table.add_column(column, no_wrap=column in ("variant", "load"), justify="left")
     for line in lines[1:]:
         table.add_row(*line)
-    out.print(table)
+    print_figures(table)
     if failed:
         raise VLMQError(f"not measured: {', '.join(failed)}; the reason is above, the same command tries again")
