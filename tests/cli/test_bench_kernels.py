@@ -65,6 +65,18 @@ def test_measures_shows_and_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.unit
 @pytest.mark.usefixtures("tiny")
+def test_what_has_to_be_asked_for_is_not_our_speed(tmp_path: Path) -> None:
+    """The fastest of ours, in the summary, is a kernel that serves without being asked for."""
+    result = bench("-o", tmp_path / "k.csv", "--rows", 1, "--seconds", 0.001, "--bits", 4)
+    assert result.exit_code == 0, result.output
+    found = kernel_results.read(tmp_path / "k.csv", measure.environment(settings()))
+    kinds = {row.path.split()[0]: row.kind for row in found if row.kind != "dense"}
+    assert kinds.pop("cpu_int8", "on request") == "on request"
+    assert set(kinds.values()) == {"ours"}
+
+
+@pytest.mark.unit
+@pytest.mark.usefixtures("tiny")
 def test_measures_symmetric_codes_of_8_bits(tmp_path: Path) -> None:
     result = bench("-o", tmp_path / "k.csv", "--rows", 1, "--seconds", 0.001, "--bits", 8, "--symmetric")
     assert result.exit_code == 0, result.output
