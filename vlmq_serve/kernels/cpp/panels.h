@@ -26,7 +26,7 @@ static void unpack_panel(const Weight& w, int64_t row, int64_t first, int count,
 // are a pack of arguments: compilers keep those in registers, and an array of them in memory.
 template <size_t... I, class... Sum>
 static inline void tile(std::index_sequence<I...>, const int32_t* panel, const int32_t* x, int64_t x_stride, int inner,
-                 const VF (&scales)[VECTORS], const float* x_scales, float* y, Sum... sum) {
+                        const VF (&scales)[VECTORS], const float* x_scales, float* y, Sum... sum) {
   for (int i = 0; i < inner; ++i, x += x_stride)
     for (int p = 0; p < PAIRS; ++p, panel += PANEL) {
       const VI w[] = {load(panel), load(panel + LANES)};
@@ -37,12 +37,12 @@ static inline void tile(std::index_sequence<I...>, const int32_t* panel, const i
 }
 template <size_t... I>
 static inline void start_tile(std::index_sequence<I...> all, const int32_t* panel, const int32_t* x, int64_t x_stride,
-                       int inner, const VF (&scales)[VECTORS], const float* x_scales, float* y) {
+                              int inner, const VF (&scales)[VECTORS], const float* x_scales, float* y) {
   tile(all, panel, x, x_stride, inner, scales, x_scales, y, ((void)I, zero())...);
 }
 template <int R>
 static void tile(const int32_t* panel, const int32_t* x, int64_t x_stride, int inner, const VF (&scales)[VECTORS],
-          const float* x_scales, float* y) {
+                 const float* x_scales, float* y) {
   start_tile(std::make_index_sequence<R * VECTORS>(), panel, x, x_stride, inner, scales, x_scales, y);
 }
 
