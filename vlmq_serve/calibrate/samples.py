@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmq_serve.calibrate.chats import Chat
+from vlmq_serve.calibrate.rendering import answer_header, process, render
 from vlmq_serve.format.errors import VLMQError
 
 MODALITIES = ("vision", "prompt", "answer")
@@ -60,9 +61,8 @@ def build_samples(processor: Any, chats: Iterable[Chat], image_token_id: int) ->
 
 def build_sample(processor: Any, chat: Chat, image_token_id: int, index: int = 0) -> CalibrationSample:
     """Run the model's own chat template and processor over one chat."""
-    text = _render(processor, chat, len(chat.messages), False)
-    images = chat.images() or None
-    inputs = dict(processor(text=[text], images=images, return_tensors="pt"))
+    text = render(processor, chat.messages)
+    inputs = dict(process(processor, [text], chat.images(), chat.where))
     encoded = processor.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
     spans = _answer_spans(processor, chat, text)
     plain = [
@@ -80,9 +80,9 @@ def _answer_spans(processor: Any, chat: Chat, text: str) -> list[tuple[int, int]
     for i, message in enumerate(chat.messages):
         if message["role"] != "assistant":
             continue
-        before = _render(processor, chat, i, True)
-        after = _render(processor, chat, i + 1, False)
-        if not text.startswith(before) or not text.startswith(after):
+        before = answer_header(processor, chat.messages[:i])
+        after = render(processor, chat.messages[: i + 1])
+        if before is None or not text.startswith(before) or not text.startswith(after):
             raise VLMQError(
                 f"{chat.where}: the model's chat template rewrites earlier turns, so answers cannot be located; "
                 "use chats with one question and one answer"
@@ -91,20 +91,18 @@ def _answer_spans(processor: Any, chat: Chat, text: str) -> list[tuple[int, int]
     return spans
 
 
-def _render(processor: Any, chat: Chat, turns: int, generation_prompt: bool) -> str:
-    messages = [dict(message) for message in chat.messages[:turns]]
-    return str(processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt))
-
-
 def _expand(plain_ids: list[int], plain: list[int], ids: list[int], image_token: int, where: str) -> list[int]:
     """Modalities after the processor turned each image placeholder into one token per patch group.
 
-    Some processors put a token before and one behind an image's tokens; these count as prompt.
+    Some processors put a token before and one behind an image's tokens; these count as prompt. Placeholders that
+    stand side by side become one run of image tokens.
     """
     modality: list[int] = []
     behind_image = False
     for token, kind in zip(plain_ids, plain, strict=True):
         if token == image_token:
+            if behind_image:
+                continue
             if ids[len(modality) : len(modality) + 1] != [image_token]:
                 modality.append(PROMPT)
             run = len(modality)

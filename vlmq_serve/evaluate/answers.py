@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from vlmq_serve.calibrate.chats import Chat
+from vlmq_serve.calibrate.rendering import process, render
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,10 @@ def answer_locally(
 
 @torch.inference_mode()
 def _answer_batch(model: Any, processor: Any, chats: Sequence[Chat], max_new_tokens: int) -> list[Answer]:
-    texts = [processor.apply_chat_template(chat.prompt, tokenize=False, add_generation_prompt=True) for chat in chats]
-    images = [image for chat in chats for image in chat.images()] or None
-    inputs = processor(text=texts, images=images, padding=True, return_tensors="pt").to(model.device)
+    texts = [render(processor, chat.prompt, True) for chat in chats]
+    images = [image for chat in chats for image in chat.images()]
+    where = chats[0].where if len(chats) == 1 else f"{chats[0].where} to {chats[-1].line}"
+    inputs = process(processor, texts, images, where, padding=True).to(model.device)
     tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     new = tokens[:, inputs["input_ids"].shape[1] :].tolist()
     ends = _end_tokens(model, processor)
