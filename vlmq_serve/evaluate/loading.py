@@ -16,6 +16,8 @@ from vlmq_serve.format.scheme import SUFFIXES
 from vlmq_serve.format.shards import read_tensors
 from vlmq_serve.format.weight import PackedWeight
 
+GENERATION_FILE = "generation_config.json"
+
 
 def read_spec(folder: Path) -> QuantizationSpec | None:
     """The quantization of a model folder, None when it is not quantized; `VLMQError` when it is not ours."""
@@ -68,4 +70,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: str = "
         raise VLMQError(f"{folder}: got architectures {config.architectures}, which this transformers does not have")
     state = dequantized_state(folder, spec, dtype)
     model = architecture.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    if (folder / GENERATION_FILE).is_file():
+        # As from_pretrained(folder) and vLLM do: end tokens and penalties must be those of the original.
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model.to(device).eval()
