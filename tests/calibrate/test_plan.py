@@ -2,10 +2,15 @@ import json
 import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from vlmq_serve.calibrate.pipeline import calibrate
 from vlmq_serve.calibrate.planning import make_plan
 from vlmq_serve.calibrate.recipe import make_recipe
+from vlmq_serve.format.config import QuantizationSpec
+from vlmq_serve.format.consistency import config_problems
 from vlmq_serve.format.errors import VLMQError
+from vlmq_serve.format.headers import read_json, read_tensor_index
 
 
 def test_plan_lists_linears_and_touches_nothing(tiny_model):
@@ -39,3 +44,16 @@ def test_models_that_cannot_be_calibrated(tiny_model, tmp_path, config, message)
 def test_model_that_is_not_there(tmp_path):
     with pytest.raises(VLMQError, match="which is no folder"):
         make_plan(tmp_path / "none", make_recipe())
+
+
+def test_sources_of_mixed_dtypes_get_scales_of_one(tiny_model, tmp_path, data_file):
+    """Fine-tuned models hold some layers, or the vision tower, in fp32; vLLM allocates all scales alike."""
+    source = shutil.copytree(tiny_model, tmp_path / "source")
+    (shard,) = source.glob("*.safetensors")
+    tensors = {k: v.float() if "visual.blocks.0." in k or ".layers.1." in k else v for k, v in load_file(shard).items()}
+    save_file(tensors, shard, {"format": "pt"})
+    recipe = make_recipe(method="gptq", bits=4, group_size=32, vision="w8g32", samples=4)
+    calibrate(source, tmp_path / "out", data_file, recipe)
+    tensors, config = read_tensor_index(tmp_path / "out"), read_json(tmp_path / "out" / "config.json")
+    assert {info.dtype for name, info in tensors.items() if name.endswith(".scales")} == {"BF16"}
+    assert config_problems(tensors, QuantizationSpec.from_dict(config["quantization_config"]), config) == []

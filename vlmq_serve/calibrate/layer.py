@@ -116,5 +116,5 @@ def keep_saliency(importance: Mapping[str, TokenImportance], streams: Streams, c
 def channel_search(recipe: Recipe, linears: Mapping[str, LinearPlan], error: TokenError) -> ChannelSearch:
     """The search of the recipe; it rounds with the recipe's grid, or a min-max one where that needs a Hessian."""
     grid = recipe.grid if recipe.grid in ("minmax", "mse") else "minmax"
-    dtype = next(iter(linears.values())).dtype
+    dtype = next(iter(linears.values())).stored_dtype
     return ChannelSearch(error, SolverOptions(dtype, grid), recipe.searches_exposed, recipe.activations)

@@ -37,9 +37,10 @@ def solve(
     """
     if plan.scheme is None:
         raise RuntimeError(f"{plan.name} is not to be quantized")
-    options = SolverOptions(plan.dtype, recipe.grid, recipe.percdamp, recipe.act_order, recipe.alpha)
+    options = SolverOptions(plan.stored_dtype, recipe.grid, recipe.percdamp, recipe.act_order, recipe.alpha)
     if clipping is not None:
-        return solve_rtn(weight, plan.scheme, SolverOptions(plan.dtype, "percentile", percentile=clipping.weights))
+        options = SolverOptions(plan.stored_dtype, "percentile", percentile=clipping.weights)
+        return solve_rtn(weight, plan.scheme, options)
     solver = recipe.solver(plan.scheme.bits)
     if solver == "rtn":
         return solve_rtn(weight, plan.scheme, options, statistics.hessian if statistics else None)

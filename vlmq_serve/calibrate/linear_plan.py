@@ -21,6 +21,7 @@ class LinearPlan:
 
     scheme None: left as it is, for the `reason` given, if it is not the recipe's ignore list. `tensor`: of the source,
     where it is not the linear's own (a head that is tied to the embeddings). `layer`: its record in the work folder.
+    `dtype`: of the source's tensor; `scales_dtype`: None for the same.
     """
 
     name: str
@@ -31,6 +32,12 @@ class LinearPlan:
     scheme: Scheme | None
     reason: str = ""
     tied_to: str = ""
+    scales_dtype: torch.dtype | None = None
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype in which the checkpoint stores the scales."""
+        return self.scales_dtype or self.dtype
 
     @property
     def tensor(self) -> str:
@@ -46,7 +53,7 @@ class LinearPlan:
         if self.scheme is None:
             return self.bytes_before
         shapes = tensor_shapes(self.scheme, *self.shape)
-        return sum(n * k * _ITEM_BYTES.get(suffix, self.dtype.itemsize) for suffix, (n, k) in shapes.items())
+        return sum(n * k * _ITEM_BYTES.get(suffix, self.stored_dtype.itemsize) for suffix, (n, k) in shapes.items())
 
     @property
     def _dense_bytes(self) -> int:

@@ -151,7 +151,7 @@ def _rounded(layer: nn.Module, linears: Mapping[str, LinearPlan], percentile: fl
     for plan in linears.values():
         if plan.scheme is not None:
             weight = made.get_parameter(f"{plan.local}.weight")
-            options = SolverOptions(plan.dtype, "percentile", percentile=percentile)
+            options = SolverOptions(plan.stored_dtype, "percentile", percentile=percentile)
             weight.data.copy_(solve_rtn(weight.detach().float(), plan.scheme, options).dequantize())
     return made
 

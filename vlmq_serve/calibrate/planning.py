@@ -1,10 +1,13 @@
 """Makes the plan of a calibration from config.json and safetensors headers alone."""
 
 import posixpath
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
+
+import torch
 
 from vlmq_serve.calibrate.families import find_adapter
 from vlmq_serve.calibrate.families.adapter import ModelAdapter
@@ -46,9 +49,21 @@ def make_plan(model: str | Path, recipe: Recipe) -> Plan:
     plan = Plan(source, adapter, recipe, linears, layers, prefix, total, vision, head)
     if not any(linear.scheme for linear in linears):
         raise VLMQError(f"ignore: {list(recipe.ignore or ())} leaves no decoder linear to quantize; remove entries")
-    plan = replace(plan, recipe=pin_schemes(recipe, plan.all_linears))
+    plan = share_scales_dtype(replace(plan, recipe=pin_schemes(recipe, plan.all_linears)))
     make_spec(plan.recipe, {}).check_fused(linear.name for linear in plan.all_linears)
     return plan
+
+
+def share_scales_dtype(plan: Plan) -> Plan:
+    """`plan` with scales of the dtype that most quantized weights have: vLLM allocates those of all layers alike, and
+    some fine-tuned models hold a tower or single layers in fp32."""
+    weights: Counter[torch.dtype] = Counter()
+    for linear in plan.quantized:
+        weights[linear.dtype] += linear.shape[0] * linear.shape[1]
+    common = max(weights, key=lambda dtype: weights[dtype])
+    linears, vision = (tuple(replace(x, scales_dtype=common) for x in part) for part in (plan.linears, plan.vision))
+    head = replace(plan.head, scales_dtype=common) if plan.head else None
+    return replace(plan, linears=linears, vision=vision, head=head)
 
 
 def pin_schemes(recipe: Recipe, linears: Sequence[LinearPlan]) -> Recipe:
