@@ -190,6 +190,16 @@ def test_a_part_cannot_be_ignored_and_quantized(tiny_model):
         make_plan(tiny_model, make_recipe(method="rtn", group_size=32, lm_head="w8", ignore=["visual", "lm_head"]))
 
 
+@pytest.mark.parametrize("ignore", [[], ["lm_head"], ["layers.1"]])
+def test_what_has_no_scheme_is_left_alone_whatever_a_recipe_ignores(tiny_model, tmp_path, ignore):
+    """Else vLLM asks for a packed vision tower, and the checkpoint cannot be served."""
+    calibrate(tiny_model, tmp_path / "out", None, make_recipe(method="rtn", group_size=32, ignore=ignore))
+    spec, tensors = spec_of(tmp_path / "out"), load_file(tmp_path / "out" / "model.safetensors")
+    plain = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight") and "norm" not in name]
+    assert any("visual" in name for name in plain)
+    assert [name for name in [*plain, "lm_head"] if "embed" not in name and spec.scheme_for(name)] == []
+
+
 def test_experts_are_refused(tiny_model, tmp_path):
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")

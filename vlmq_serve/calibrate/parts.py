@@ -16,15 +16,17 @@ _HEADS = (HEAD, f"language_model.{HEAD}")
 
 
 def left_alone(recipe: Recipe, adapter: ModelAdapter) -> tuple[str, ...]:
-    """The recipe's ignore list; by default what the family leaves alone, without what the recipe quantizes."""
+    """The recipe's ignore list, and what the family leaves alone, without what the recipe has a scheme for.
+
+    The family's names are there whatever the recipe ignores: nothing else keeps vLLM from asking for a packed tower.
+    """
     tower = adapter.vision_tower.rpartition(".")[2]
     asked = {name for name, part in ((HEAD, recipe.lm_head), (tower, recipe.vision)) if part is not None}
-    if recipe.ignore is None:
-        return tuple(name for name in adapter.left_alone if name not in asked)
-    both = sorted(asked & set(recipe.ignore))
+    chosen = recipe.ignore or ()
+    both = sorted(asked & set(chosen))
     if both:
         raise VLMQError(f"ignore: got {both[0]!r}, which has a scheme of its own in this recipe; remove one of the two")
-    return recipe.ignore
+    return (*chosen, *(name for name in adapter.left_alone if name not in asked and name not in chosen))
 
 
 def plan_vision(
