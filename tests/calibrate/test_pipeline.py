@@ -104,6 +104,31 @@ def test_interrupted_run_resumes_to_the_same_checkpoint(tiny_model, data_file, t
     ).read_bytes()
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "changed.safetensors"])
+def test_a_layer_that_a_crash_has_cut_off_is_done_again(tiny_model, data_file, tmp_path, interrupted_at, suffix):
+    out, settings = tmp_path / "out", recipe(method="vlmq")
+    calibrate(tiny_model, tmp_path / "whole", data_file, settings)
+    with interrupted_at(layer_module, "measure_importance", 3):
+        calibrate(tiny_model, out, data_file, settings)
+    (partial_folder(out) / f"layer-001.{suffix}").write_bytes(b"")
+    report = calibrate(tiny_model, out, data_file, settings, resume=True)
+    assert any("resumed after 1 of 3 layers" in note for note in report.notes)
+    first, second = tensors_of(tmp_path / "whole"), tensors_of(out)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_work_folder_without_a_state_is_named(tiny_model, data_file, tmp_path):
+    partial_folder(tmp_path / "out").mkdir()
+    with pytest.raises(VLMQError, match=r"out\.partial: holds no state\.json"):
+        calibrate(tiny_model, tmp_path / "out", data_file, recipe(), resume=True)
+
+
+def test_a_place_that_is_no_folder_is_refused_at_once(tiny_model, data_file, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(VLMQError, match=r"file is no folder that you may write to"):
+        calibrate(tiny_model, tmp_path / "file" / "out", data_file, recipe())
+
+
 def test_mixed_widths_and_ignored_linears(tiny_model, data_file, tmp_path):
     settings = recipe(overrides={"down_proj": "w4g32s"}, ignore=("visual", "lm_head", "layers.1"))
     report = calibrate(tiny_model, tmp_path / "out", data_file, settings)

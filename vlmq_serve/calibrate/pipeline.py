@@ -1,5 +1,6 @@
 """The entry point: a model folder, a data file and a recipe in, a quantized checkpoint with its report out."""
 
+import os
 import shutil
 from pathlib import Path
 from time import perf_counter
@@ -73,6 +74,8 @@ def _check_output(out: Path, plan: Plan, overwrite: bool) -> None:
     if target == source or source in target.parents:
         raise VLMQError(f"{out}: lies in the source model's folder; choose a folder outside of {plan.source}")
     existing = next(folder for folder in target.parents if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise VLMQError(f"{out}: cannot be created, since {existing} is no folder that you may write to")
     free = shutil.disk_usage(existing).free
     # The work folder's packed layers, and a checkpoint that the writer reckons at the source's size.
     need = plan.bytes_before + sum(linear.bytes_after for linear in plan.quantized)

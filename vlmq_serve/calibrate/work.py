@@ -14,7 +14,7 @@ from vlmq_serve.calibrate.packed_layers import PackedLayers
 from vlmq_serve.calibrate.plan import Plan
 from vlmq_serve.calibrate.report import LayerResult, write_json
 from vlmq_serve.format.errors import VLMQError
-from vlmq_serve.format.headers import read_json
+from vlmq_serve.format.headers import read_header, read_json
 from vlmq_serve.format.weight import PackedWeight
 
 _STATE = "state.json"
@@ -41,6 +41,10 @@ class WorkFolder:
             if overwrite:
                 return
             raise VLMQError(f"{self.path}: holds an interrupted run; resume it, or remove the folder to start again")
+        if not (self.path / _STATE).is_file():
+            raise VLMQError(
+                f"{self.path}: holds no {_STATE}, so nothing can go on from it; remove the folder"
+            )
         changes = _differences(read_json(self.path / _STATE), self._fingerprint)
         if changes:
             raise VLMQError(f"resume: {'; '.join(changes)}; give the same settings, or remove {self.path}")
@@ -60,9 +64,14 @@ class WorkFolder:
         return results
 
     def record(self, index: int) -> LayerResult | None:
-        """Result stored under `index`: a decoder layer, or behind them the vision tower or the head."""
-        path = self._record(index)
-        return LayerResult.from_dict(read_json(path)) if path.exists() else None
+        """Result stored under `index`: a decoder layer, or behind them the vision tower or the head.
+
+        None where a file of it is missing or cut off, as a crash of the machine leaves it: it is done again.
+        """
+        files = (self._weights, self._changed, self._inputs, self._saliency)
+        if not self._record(index).exists() or not all(_is_whole(path_of(index)) for path_of in files):
+            return None
+        return LayerResult.from_dict(read_json(self._record(index)))
 
     def store(
         self,
@@ -131,6 +140,14 @@ class WorkFolder:
 
     def _saliency(self, index: int) -> Path:
         return self.path / f"layer-{index:03d}.saliency.safetensors"
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        read_header(path)
+    except (OSError, VLMQError):
+        return False
+    return True
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from vlmq_serve.cli.console import RichProgress, hide_loading_bars, human_bytes, one_line_errors, out
+from vlmq_serve.cli.console import RichProgress, err, hide_loading_bars, human_bytes, one_line_errors, out
 from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.format.names import kind_of
 
@@ -62,6 +62,7 @@ def calibrate(
     from vlmq_serve.calibrate.pipeline import calibrate as run
     from vlmq_serve.calibrate.planning import make_plan
     from vlmq_serve.calibrate.recipe import load_recipe, make_recipe
+    from vlmq_serve.calibrate.work import partial_folder
 
     given = {"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric}
     parts = {"lm_head": lm_head, "vision": vision, "unfit": unfit}
@@ -75,8 +76,14 @@ def calibrate(
         out.print("dry run: nothing was written")
         return
     hide_loading_bars()
-    with RichProgress() as progress:
-        report = run(model, output, data, chosen, resume=resume, overwrite=overwrite, progress=progress)
+    try:
+        with RichProgress() as progress:
+            report = run(model, output, data, chosen, resume=resume, overwrite=overwrite, progress=progress)
+    except KeyboardInterrupt:
+        kept = partial_folder(output)
+        hint = f"; {kept} keeps the finished layers, the same command with --resume goes on" if kept.exists() else ""
+        err.print(f"interrupted{hint}", highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
     _print_report(report)
 
 
