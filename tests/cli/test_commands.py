@@ -91,6 +91,22 @@ def test_eval_writes_answers_and_compares(rtn_w4: Path, tmp_path: Path) -> None:
     written = json.loads((tmp_path / "bf16.json").read_text())
     assert len(written["answers"]) == 24
     assert written["accuracy"] > 0.5
+    fewer = vlmq("eval", rtn_w4, "--data", EVALUATION, "--limit", 4, "-o", tmp_path / "w4.json",
+                 "--reference", tmp_path / "bf16.json")  # fmt: skip
+    assert "was asked other questions" in one_error(fewer)
+    assert len(json.loads((tmp_path / "w4.json").read_text())["answers"]) == 4  # they are not lost for that
+    assert "cannot be written" in one_error(vlmq("eval", rtn_w4, "--data", EVALUATION, "-o", tmp_path))
+
+
+def test_an_interrupted_calibration_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        (tmp_path / "out.partial").mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vlmq_serve.calibrate.pipeline.calibrate", interrupted)
+    result = vlmq("calibrate", MODEL, "-o", tmp_path / "out", "--data", CALIBRATION, "--group-size", 64)
+    assert result.exit_code == 130
+    assert "out.partial keeps the finished layers, the same command with --resume goes on" in result.stderr
 
 
 @pytest.mark.parametrize(

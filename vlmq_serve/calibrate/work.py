@@ -42,9 +42,7 @@ class WorkFolder:
                 return
             raise VLMQError(f"{self.path}: holds an interrupted run; resume it, or remove the folder to start again")
         if not (self.path / _STATE).is_file():
-            raise VLMQError(
-                f"{self.path}: holds no {_STATE}, so nothing can go on from it; remove the folder"
-            )
+            raise VLMQError(f"{self.path}: holds no {_STATE}, so nothing can go on from it; remove the folder")
         changes = _differences(read_json(self.path / _STATE), self._fingerprint)
         if changes:
             raise VLMQError(f"resume: {'; '.join(changes)}; give the same settings, or remove {self.path}")

@@ -1,8 +1,10 @@
 """What all commands share on the terminal: consoles, one-line errors, progress bars."""
 
 import functools
+import os
 import resource
 from collections.abc import Callable
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import typer
@@ -40,6 +42,15 @@ def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit(1) from None
 
     return wrapped
+
+
+def check_writable(output: Path) -> None:
+    """Raise `VLMQError`, before the work, where `--output` cannot become a file."""
+    folder = output.absolute().parent
+    if not folder.is_dir():
+        raise VLMQError(f"--output {output}: the folder {folder} does not exist")
+    if output.is_dir() or not os.access(output if output.exists() else folder, os.W_OK):
+        raise VLMQError(f"--output {output}: cannot be written; give the name of a file where you may write")
 
 
 def print_figures(table: Table) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from vlmq_serve.cli.console import hide_loading_bars, one_line_errors, out, progress_bar
+from vlmq_serve.cli.console import check_writable, hide_loading_bars, one_line_errors, out, progress_bar
 from vlmq_serve.format.errors import VLMQError
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ def evaluate(
     from vlmq_serve.evaluate.run import evaluate_chats, read_evaluation
 
     earlier = read_evaluation(reference) if reference else None
-    if output is not None and not output.absolute().parent.is_dir():
-        raise VLMQError(f"--output {output}: the folder {output.absolute().parent} does not exist")
+    if output is not None:
+        check_writable(output)
     remote = model.startswith(("http://", "https://"))
     out.print(f"evaluate {model} {'over the OpenAI API' if remote else 'in transformers, fp32'} on {data}")
     if remote and simulate:
@@ -67,9 +67,9 @@ def evaluate(
             limit=limit,
             on_answer=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    out.print(accuracy_table(result, earlier))
-    if output is not None:
+    if output is not None:  # before the comparison, which may refuse the reference
         output.write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
+    out.print(accuracy_table(result, earlier))
 
 
 def accuracy_table(result: "Evaluation", reference: "Evaluation | None") -> Table:
