@@ -17,13 +17,7 @@ template <int BITS> static inline void store_codes(Int16, int16_t* to, const VI*
   for (int k = 0; k < COLS; k += LANES) store_as_16(to + k, q[k / LANES]);
 }
 template <int BITS> static inline void store_codes(Int8, int8_t* to, const VI* q) {
-  alignas(64) int8_t ordered[COLS];
-  for (int k = 0; k < COLS; k += LANES) store_as_8(ordered + k, q[k / LANES]);
-#pragma GCC unroll 8
-  for (int i = 0; i < QUADS; ++i)
-    for (int half = 0; half < 2; ++half)
-      for (int byte = 0; byte < 2; ++byte)
-        to[4 * i + 2 * half + byte] = ordered[2 * Bytes<BITS>::pair(i, byte) + half];
+  _mm256_storeu_si256((__m256i*)to, permute(as_bytes(q), Order<BITS>::ALL.column));
 }
 
 // Row `row` and block `block` of x, of type X, to codes of type A for weights of BITS bits.

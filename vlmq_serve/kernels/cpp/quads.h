@@ -26,6 +26,7 @@ template <> struct Bytes<3> {
   template <class Use> static inline void each(const int32_t* words, Use use) {
     const VI low = set1(0x00070007), high = set1(0x07000700), v0 = load_once(words), v1 = load_once(words + ROWS),
              v2 = load_once(words + 2 * ROWS), all[] = {v0, v1, v2};
+#pragma GCC unroll 3
     for (int w = 0; w < 3; ++w) {
       use(2 * w, either(both(all[w], low), both(right16<4>(all[w]), high)));
       use(2 * w + 1, either(both(right16<3>(all[w]), low), both(right16<1>(all[w]), high)));
@@ -40,6 +41,16 @@ template <> struct Bytes<3> {
     return PAIR[product][byte];
   }
 };
+
+// Byte i of a block of x is of column `column[i]`.
+template <int BITS> struct Order {
+  int8_t column[COLS] = {};
+  constexpr Order() {
+    for (int i = 0; i < COLS; ++i) column[i] = (int8_t)(2 * Bytes<BITS>::pair(i / 4, i % 2) + i / 2 % 2);
+  }
+  static const Order ALL;
+};
+template <int BITS> constexpr Order<BITS> Order<BITS>::ALL;
 
 // Integer products of R rows of x with LANES rows of codes. A sum waits four cycles for itself: where there are
 // registers for it, a row has several that take turns.

@@ -42,7 +42,9 @@ static inline VI max_unsigned(VI a, VI b) { return _mm512_max_epu32(a, b); }
 static inline uint32_t highest(VI a) { return _mm512_reduce_max_epu32(a); }
 static inline int total(VI a) { return _mm512_reduce_add_epi32(a); }
 static inline void store_as_16(void* p, VI a) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(a)); }
-static inline void store_as_8(void* p, VI a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a)); }
+static inline __m256i as_bytes(const VI* q) {  // 32 numbers of 8 bits
+  return _mm256_set_m128i(_mm512_cvtepi32_epi8(q[1]), _mm512_cvtepi32_epi8(q[0]));
+}
 // acc[i] + a[2i] b[2i] + a[2i+1] b[2i+1], a and b int16
 static inline VI dot(VI acc, VI a, VI b) {
 #if defined(__AVX512VNNI__)
@@ -104,9 +106,9 @@ static inline int total(VI a) {
 static inline void store_as_16(void* p, VI a) {
   _mm_storeu_si128((__m128i*)p, _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1)));
 }
-static inline void store_as_8(void* p, VI a) {
-  __m128i pairs = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
-  _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(pairs, pairs));
+static inline __m256i as_bytes(const VI* q) {  // 32 numbers of 8 bits
+  VI fours = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
+  return _mm256_permutevar8x32_epi32(fours, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
 static inline VI dot(VI acc, VI a, VI b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
 static inline VI quad(VI a, VI b, short factor) {
@@ -125,6 +127,15 @@ template <int BITS> static inline VI dot8(VI acc, VI a, VI b) {
   // The 16 bits between would overflow with the highest bit of a, which is multiplied apart.
   return add(add(acc, quad(both(a, set1(0x7F7F7F7F)), b, 1)), quad(both(right16<7>(a), set1(0x01010101)), b, 128));
 #endif
+}
+
+// Byte i of the result is byte order[i] of 32 bytes.
+static inline __m256i permute(__m256i bytes, const int8_t* order) {
+  __m256i at = _mm256_loadu_si256((const __m256i*)order);
+  // Bytes move within halves of 16 only, and where the highest bit of their index is set they become 0.
+  const __m256i lower = _mm256_permute2x128_si256(bytes, bytes, 0x00), upper = _mm256_permute2x128_si256(bytes, bytes, 0x11);
+  const __m256i in_upper = _mm256_cmpgt_epi8(at, _mm256_set1_epi8(15));
+  return _mm256_blendv_epi8(_mm256_shuffle_epi8(lower, at), _mm256_shuffle_epi8(upper, at), in_upper);
 }
 
 // load(), and once only: gcc reads memory again for every use where an instruction can.
