@@ -12,7 +12,6 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import hashlib
 import json
-import re
 import sys
 
 import numpy as np
@@ -20,79 +19,23 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
+from tests.kernels.ptx import arithmetic
+from tests.kernels.ptx.floats import from_bf16, to_bf16
+from tests.kernels.ptx.program import parse_assembly
+from tests.kernels.ptx.registers import Registers
 from vlmq_serve.format.scheme import Scheme
 from vlmq_serve.format.weight import PackedWeight
 from vlmq_serve.kernels import linear, plan, prepare, scratch
 
 SCRATCH_MAX = plan.SCRATCH_MAX
-AND_OR = "0xEA"
-"""Truth table of (a & b) | c, the only one the kernels use."""
-
-
-def bf16_to_float(bits: np.ndarray) -> np.ndarray:
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def float_to_bf16(values: np.ndarray) -> np.ndarray:
-    """Nearest even; finite values only."""
-    bits = values.astype(np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-def packed_fma(a: np.ndarray, b: np.ndarray, c: np.ndarray, bf16: bool) -> np.ndarray:
-    """fma.rn on both 16-bit halves: exact in fp64, rounded once."""
-    x, y, z = (bf16_to_float(v.view(np.uint16)) if bf16 else v.view(np.float16) for v in (a, b, c))
-    exact = x.astype(np.float64) * y.astype(np.float64) + z.astype(np.float64)
-    if not bf16:
-        return exact.astype(np.float16).view(np.uint32)
-    single = exact.astype(np.float32)
-    if not np.array_equal(single.astype(np.float64), exact):
-        raise ArithmeticError("bf16 fma: fp32 does not hold the exact result, so it would be rounded twice")
-    return float_to_bf16(single).view(np.uint32)
-
-
-def select_bytes(low: np.ndarray, high: np.ndarray, selector: int) -> np.ndarray:
-    """prmt.b32: each of the four result bytes is one of the eight of `low` and `high`."""
-    both = low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32)
-    result = np.zeros_like(low)
-    for place in range(4):
-        source = selector >> 4 * place & 0xF
-        if source > 7:
-            raise NotImplementedError("prmt that replicates a sign")
-        byte = (both >> np.uint64(8 * source)).astype(np.uint32) & np.uint32(0xFF)
-        result |= byte << np.uint32(8 * place)
-    return result
 
 
 def run_ptx(text: str, inputs: list[np.ndarray], outputs: int) -> list[np.ndarray]:
     """Values of the output registers $0, $1, … after an inline assembly block; the inputs, uint32, follow them."""
-    registers = {f"${i + outputs}": value for i, value in enumerate(inputs)}
-
-    def value(operand: str) -> np.ndarray:
-        return registers[operand] if operand in registers else np.full_like(inputs[0], int(operand, 0))
-
-    for statement in re.sub(r"[{}]", " ", text).split(";"):
-        name, _, rest = statement.strip().partition(" ")
-        target, *operands = (o.strip() for o in rest.split(","))
-        if not name or name == ".reg":
-            continue
-        if name == "shr.u32":
-            registers[target] = value(operands[0]) >> value(operands[1])
-        elif name == "shl.b32":
-            registers[target] = value(operands[0]) << value(operands[1])
-        elif name == "and.b32":
-            registers[target] = value(operands[0]) & value(operands[1])
-        elif name == "mov.b32":
-            registers[target] = value(operands[0])
-        elif name == "lop3.b32" and operands[3] == AND_OR:
-            registers[target] = (value(operands[0]) & value(operands[1])) | value(operands[2])
-        elif name == "prmt.b32":
-            registers[target] = select_bytes(value(operands[0]), value(operands[1]), int(operands[2], 0))
-        elif name in ("fma.rn.f16x2", "fma.rn.bf16x2"):
-            registers[target] = packed_fma(*(value(o) for o in operands), bf16="bf16" in name)
-        else:
-            raise NotImplementedError(f"PTX statement: {statement.strip()}")
-    return [registers[f"${i}"] for i in range(outputs)]
+    registers = Registers(inputs[0].size, {f"${i + outputs}": value for i, value in enumerate(inputs)})
+    for statement in parse_assembly(text).statements:
+        arithmetic.do(registers, statement)
+    return [registers.values[f"${i}"] for i in range(outputs)]
 
 
 class AssemblyResult:
@@ -143,13 +86,15 @@ class ShuffledGrid:
 
 
 def create_dot(_builder, a, b, d, _precision, _imprecise):
-    left, right = (bf16_to_float(h.data) if h.get_element_ty() == tl.bfloat16 else h.data for h in (a, b))
+    left, right = (
+        from_bf16(h.data).astype(np.float32) if h.get_element_ty() == tl.bfloat16 else h.data for h in (a, b)
+    )
     return interpreter.TensorHandle(np.matmul(left, right, dtype=np.float32) + d.data, d.dtype)
 
 
 def create_fp_trunc(builder, source, target):
     if source.get_element_ty() == tl.float32 and target.scalar == tl.bfloat16:
-        return interpreter.TensorHandle(float_to_bf16(source.data), tl.bfloat16)
+        return interpreter.TensorHandle(to_bf16(source.data), tl.bfloat16)
     return builder.cast_impl(source, target)
 
 

@@ -157,8 +157,8 @@ def compile_variant(variant: Variant) -> Report:
     """Compile for the architecture and read the result; K and N are those of a large layer."""
     tile = variant.tile
     slab = slab_length(_COLS, _group(variant), variant.bits)
-    compiled = _compile(variant, slab)
-    usage, code = sass.disassemble(compiled.asm["cubin"])
+    found = compiled(variant, slab)
+    usage, code = sass.disassemble(found.asm["cubin"])
     loop = sass.main_loop(code) if variant.kernel in (GEMM, GEMV) else code
     count = collections.Counter(i.op for i in loop)
     weights = tile.rows_m * tile.rows_n if variant.adds else slab // tile.parts * tile.rows_n
@@ -169,7 +169,7 @@ def compile_variant(variant: Variant) -> Report:
         name=variant.name,
         registers=usage["REG"],
         stack_bytes=usage["STACK"] + usage["LOCAL"],
-        shared_bytes=compiled.metadata.shared,
+        shared_bytes=found.metadata.shared,
         spill_instructions=sum(i.op in ("LDL", "STL") for i in code),
         instructions=round(len(loop) * per_weight, 2),
         conversions=round(sum(count[op] for op in sass.CONVERSIONS) * per_weight, 2),
@@ -178,7 +178,7 @@ def compile_variant(variant: Variant) -> Report:
         matrix="HGMMA" if groups else "HMMA" if count["HMMA"] else "",
         weights_in_registers=sass.weights_in_registers(code),
         matrix_waits=round(waits / groups, 2) if groups else 0.0,
-        ordered=not variant.split or publishes_in_order(compiled.asm["ptx"]),
+        ordered=not variant.split or publishes_in_order(found.asm["ptx"]),
     )
 
 
@@ -196,7 +196,8 @@ def _constants(variant: Variant, slab: int) -> dict[str, Any]:
     return {**layout, **tile_constants(variant.tile), **rest}
 
 
-def _compile(variant: Variant, slab: int) -> Any:
+def compiled(variant: Variant, slab: int) -> Any:
+    """Triton's compiled kernel for slabs of that many codes: assembly by kind, and metadata."""
     kernel = KERNELS[variant.kernel]
     names = kernel.arg_names
     fixed = {name: value for name, value in _constants(variant, slab).items() if name in names}
