@@ -53,6 +53,13 @@ def test_compiled_kernel_is_right(variant: Variant) -> None:
         assert late.memory.ratio("copy") == 1
 
 
+def test_partial_sums_are_added_in_order() -> None:
+    """By the kernel of a second launch: the bits that adding in fp32, first to last, gives."""
+    variant = next(v for v in variants() if v.adds and v.arch == 90 and v.tile.rows_m == 8)
+    result = cases.run_sum(variant, 19, 300, 4, seed=0)
+    assert torch.equal(result.y, result.expected.to(result.y.dtype))
+
+
 @pytest.mark.parametrize("damage", [r"cp\.async\.wait_group[^;]*;", r"wgmma\.wait_group[^;]*;", r"bar\.sync[^;]*;"])
 def test_what_keeps_order_is_needed(damage: str) -> None:
     """Without the waits, or the barriers, of the compiled kernel the result is wrong: they would be missed."""

@@ -53,7 +53,7 @@ def run(
 ) -> Result:  # fmt: skip
     """`seed` decides who runs when, `late` when asynchronous work is done; `edit` may damage the PTX."""
     if variant.kernel == ADD:
-        raise NotImplementedError("a kernel that only adds partial sums")
+        return run_sum(variant, rows, weight.shape[0], splits, seed)
     dtype, tile, (features, cols) = TYPES[variant.dtype], variant.tile, weight.shape
     writes = variant.kernel == WRITE
     words, scales = prepare_planes(weight, dtype)
@@ -77,3 +77,21 @@ def run(
     got = torch.from_numpy(y.view(np.int16)).view(dtype)
     expected = exact if writes else x.double() @ exact.T
     return Result(got, expected, launch.memory.traffic, shared.traffic, counters / ARRIVALS)
+
+
+def run_sum(variant: Variant, rows: int, features: int, splits: int, seed: int) -> Result:
+    """The kernel that only adds: random partial sums, tile by tile, and in `expected` their sum in fp32, in order."""
+    tile = variant.tile
+    grid = (-(-features // tile.rows_n), -(-rows // tile.rows_m), 1)
+    parts = torch.randn(grid[1], grid[0], splits, tile.rows_n, tile.rows_m, generator=torch.Generator().manual_seed(0))
+    kernel = compiled(variant, SLABS[variant.bits][0])
+    launch = Launch(parse(kernel.asm["ptx"]), variant.warps, kernel.metadata.shared)
+    y = np.full((rows, features), UNWRITTEN * 0x101, np.uint16)
+    at = [launch.memory.add(a) for a in (parts.numpy(), y)]
+    shared = launch.run(grid, [*at, rows, features, splits], seed, late=False)
+    total = torch.zeros_like(parts[:, :, 0])
+    for part in parts.unbind(2):
+        total += part
+    whole = total.permute(0, 3, 1, 2).reshape(grid[1] * tile.rows_m, -1)[:rows, :features]
+    got = torch.from_numpy(y.view(np.int16)).view(TYPES[variant.dtype])
+    return Result(got, whole.double(), launch.memory.traffic, shared.traffic, np.empty(0))
