@@ -2,7 +2,7 @@
 
 import re
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -45,10 +45,16 @@ def _write(warp: "Warp", target: Operand, value: np.ndarray) -> None:
 def store(warp: "Warp", s: Statement) -> None:
     """st to global or shared memory."""
     sources, kind = _vector(s.operands[1]), TYPES[s.parts[-1]]
-    values = np.stack([warp.read(o, kind) for o in sources], 1)[warp.active]
+    values = np.stack([_narrow(warp, o, kind) for o in sources], 1)[warp.active]
     at = warp.address(s.operands[0])[warp.active]
     memory = warp.block.memory if s.parts[1] == "global" else warp.block.shared
     memory.store(at, values.view(np.uint8))
+
+
+def _narrow(warp: "Warp", source: Operand, kind: np.dtype[Any]) -> np.ndarray:
+    """A register that may be wider than what is stored of it."""
+    value = warp.values[source] if isinstance(source, str) else warp.read(source, kind)
+    return value.astype(kind) if value.itemsize > kind.itemsize else value.view(kind)
 
 
 def copy(warp: "Warp", s: Statement) -> None:
