@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from tests.quant_methods.checkpoints import quantize, quantize_parts, round_to_nearest
+from tests.quant_methods.families import write_family
 from tests.quant_methods.test_engine import EVALUATION, ask, reference_logprobs
 from vlmq_serve.calibrate.chats import read_chats
 from vlmq_serve.cli import app
@@ -70,7 +71,7 @@ def test_every_scheme_has_a_group_of_its_own(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     groups = {(g["weights"]["num_bits"], g["weights"]["group_size"]): g for g in config["config_groups"].values()}
     assert groups[4, 64]["targets"] == ["Linear"]
-    assert groups[2, 64]["targets"] == [f"model.layers.0.mlp.{name}_proj" for name in ("down", "gate", "up")]
+    assert groups[2, 64]["targets"] == [f"model.layers.0.mlp.{name}_proj" for name in ("down", "gate", "gate_up", "up")]
     assert groups[8, None]["targets"] == ["model.layers.1.self_attn.o_proj"]
     assert groups[8, None]["weights"]["strategy"] == "channel"
     assert groups[8, 64]["targets"] == ["re:.*lm_head"]
@@ -99,6 +100,19 @@ def test_vllm_opens_w4_without_our_plugin(exported: Path, monkeypatch: pytest.Mo
     assert not any(name.endswith(SUFFIXES) for name in load_file(exported / "model.safetensors"))
     monkeypatch.setenv("VLLM_PLUGINS", "")
     (finding,) = check_with_vllm(exported, 1)
+    assert finding.level == "ok", finding.message
+
+
+@pytest.mark.serve
+@pytest.mark.parametrize("vision", [None, "w4g32"])
+def test_vllm_opens_a_tower_whose_fused_layers_its_model_class_does_not_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vision: str | None
+) -> None:
+    source = write_family("llava_onevision", MODEL, tmp_path / "source")
+    checkpoint = quantize_parts(source, tmp_path / "w4", "w4g64", vision=vision)
+    export_compressed_tensors(checkpoint, tmp_path / "out")
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    (finding,) = check_with_vllm(tmp_path / "out", 1)
     assert finding.level == "ok", finding.message
 
 

@@ -13,7 +13,7 @@ They count codes and zero points from -2^(b-1) and store them from 0, so that th
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from vlmq_serve.format.headers import (
     read_tensor_index,
     shard_files,
 )
-from vlmq_serve.format.names import HEAD, part_of_model
+from vlmq_serve.format.names import HEAD, fused_groups, part_of_model
 from vlmq_serve.format.packing import pack_codes
 from vlmq_serve.format.scheme import CODES_PER_BLOCK, WORD_BITS, Scheme
 
@@ -104,17 +104,24 @@ def quantization_config(spec: QuantizationSpec, tensors: Mapping[str, TensorInfo
     common = max(by_scheme, key=lambda scheme: len(by_scheme[scheme]))
     groups = {}
     for index, (scheme, members) in enumerate(by_scheme.items()):
-        targets = ["Linear"] if scheme == common else [_target(name) for name in members]
+        targets = ["Linear"] if scheme == common else [_target(name) for name in _with_fused(members)]
         groups[f"group_{index}"] = {"targets": targets, "weights": _weights(scheme)}
-    plain = [n.removesuffix(".weight") for n, i in tensors.items() if n.endswith(".weight") and len(i.shape) > 1]
+    plain = {n.removesuffix(".weight") for n, i in tensors.items() if n.endswith(".weight") and len(i.shape) > 1}
+    plain -= set(modules)
     head = [] if any(part_of_model(name) == HEAD for name in modules) else [_HEAD_TARGET]
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": [*sorted(set(plain) - set(modules)), *head],
+        "ignore": [*_with_fused(plain), *head],
     }
+
+
+def _with_fused(names: Iterable[str]) -> list[str]:
+    """`names` and the layers that vLLM fuses them into. Not every model class says what it fuses: LLaVA-OneVision's
+    does not for q, k and v of its tower."""
+    return sorted({*names, *fused_groups(names)})
 
 
 def _target(name: str) -> str:
