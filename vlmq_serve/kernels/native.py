@@ -10,11 +10,12 @@ import logging
 import os
 import shutil
 import subprocess
-import tempfile
 from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
+
+from vlmq_serve.kernels.native_cache import kept
 
 SOURCES = Path(__file__).parent / "cpp"
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "f16c", "fma")
@@ -22,7 +23,6 @@ ISAS = {"avx2": ("avx2", "f16c", "fma"), "avx512": _AVX512, "avx512_vnni": (*_AV
 """By name the features that a build needs, as Linux calls them; worst first."""
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fvisibility=hidden")
 COMPILERS = ("g++", "clang++", "c++")
-CACHE_ENVIRONMENT = "VLMQ_CACHE"
 
 logger = logging.getLogger(__name__)
 
@@ -86,45 +86,16 @@ def _run(command: tuple[str, ...], timeout: int) -> str:
 
 
 def _built(compiler: tuple[str, ...], isa: str) -> Path:
-    """Path of the shared object; written under another name and moved, as several processes may build at once."""
+    """Path of the shared object, compiled unless the cache holds it."""
     flags = (*compiler[1:], *FLAGS, *(f"-m{feature.replace('_', '')}" for feature in ISAS[isa]))
     version = _run((*compiler, "--version"), 60)
     sources = [path.read_bytes() for path in sorted(SOURCES.iterdir())]
     key = hashlib.sha256(b"\0".join([*sources, version.encode(), " ".join(flags).encode()])).hexdigest()[:16]
-    folder = cache_folder()
-    target = folder / f"integer-{isa}-{key}.so"
-    if not target.exists():
-        handle, name = tempfile.mkstemp(suffix=".so", dir=folder)
-        os.close(handle)
-        try:
-            _run((compiler[0], *flags, str(SOURCES / "integer.cpp"), "-o", name), 600)
-            os.replace(name, target)
-        finally:
-            Path(name).unlink(missing_ok=True)
-    return target
 
+    def build(path: Path) -> None:
+        _run((compiler[0], *flags, str(SOURCES / "integer.cpp"), "-o", str(path)), 600)
 
-def cache_folder() -> Path:
-    """VLMQ_CACHE, or `vlmq` in the user's cache folder; a temporary one where that cannot be written, or by others too:
-    what lies there is loaded and run."""
-    chosen = os.environ.get(CACHE_ENVIRONMENT) or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "vlmq")
-    folder = Path(os.path.expanduser(chosen))
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.stat()
-        if status.st_uid == os.geteuid() and not status.st_mode & 0o022 and os.access(folder, os.W_OK):
-            return folder
-        reason = "it must belong to this user, who alone may write there"
-    except OSError as error:
-        reason = str(error)
-    logger.warning("compiled CPU kernels are not kept in %s, and each process compiles its own: %s", folder, reason)
-    return Path(_temporary_folder().name)
-
-
-@lru_cache(maxsize=1)
-def _temporary_folder() -> "tempfile.TemporaryDirectory[str]":
-    """Removed when the process ends."""
-    return tempfile.TemporaryDirectory(prefix="vlmq-", ignore_cleanup_errors=True)
+    return kept(f"integer-{isa}-{key}.so", build)
 
 
 def _declare(loaded: ctypes.CDLL) -> None:

@@ -1,0 +1,177 @@
+"""How the C++ kernels are compiled, kept and found again."""
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.kernels.weights import exact_weight, random_weight, relative_error
+from vlmq_serve.kernels import linear, native, native_cache, prepare
+
+pytestmark = [
+    pytest.mark.unit,
+    pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or a CPU without AVX2"),
+]
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """An empty cache, and a process that has not built anything."""
+    monkeypatch.setenv(native_cache.CACHE_ENVIRONMENT, str(tmp_path))
+    native.library.cache_clear()
+    yield tmp_path
+    native.library.cache_clear()
+
+
+@pytest.mark.parametrize("reason", ["none", "fails"])
+def test_without_a_working_compiler(
+    reason: str, fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The older paths serve, with one line that says why; nothing half-built is left."""
+    if reason == "none":
+        monkeypatch.setenv("PATH", "")
+        monkeypatch.delenv("CXX", raising=False)
+    else:
+        monkeypatch.setenv("CXX", "false")
+    with caplog.at_level(logging.WARNING, logger="vlmq_serve.kernels.native"):
+        for bits, dtype in ((4, BF16), (3, FP32), (8, BF16)):
+            weight = random_weight(64, 128, bits, 64, False)
+            prepared = prepare(weight, dtype, "cpu")
+            assert prepared.path != "cpu_int16"
+            x = torch.randn(4, 128, generator=torch.Generator().manual_seed(4)).to(dtype)
+            assert relative_error(linear(x, prepared), x.double() @ exact_weight(weight).T) <= 1e-2
+    assert len(caplog.records) == 1
+    assert list(fresh.iterdir()) == []
+
+
+def test_processes_that_build_at_once(fresh: Path) -> None:
+    code = (
+        "import torch\n"
+        "from tests.kernels.weights import random_weight\n"
+        "from vlmq_serve.kernels import prepare\n"
+        "assert prepare(random_weight(32, 64, 4, 32, False), torch.float32, 'cpu').path == 'cpu_int16'\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join((str(root), os.environ.get("PYTHONPATH", ""))),
+        native_cache.CACHE_ENVIRONMENT: str(fresh),
+    }
+    running = [
+        subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=root, stderr=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    for process in running:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    assert len(list(fresh.iterdir())) == 1
+
+
+def test_cache_that_cannot_be_written(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (fresh / "file").write_text("")
+    monkeypatch.setenv(native_cache.CACHE_ENVIRONMENT, str(fresh / "file" / "below"))
+    assert native.library() is not None
+
+
+def mark(path: Path) -> None:
+    path.write_text("built")
+
+
+def put(folder: Path, mode: int = 0o755) -> Path:
+    """A library in the cache."""
+    path = folder / "kernels.so"
+    path.write_text("kept")
+    path.chmod(mode)
+    return path
+
+
+def found() -> str:
+    """What the file is that would be loaded: `kept` or `built`."""
+    return native_cache.kept("kernels.so", mark).read_text()
+
+
+def give_away(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`path` belongs to neither root nor this user."""
+    if os.geteuid() == 0:
+        os.chown(path, 12345, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+
+
+def forbid_writing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a user to whom the folder does not belong; root could write there all the same."""
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+
+
+def test_the_cache_is_filled_once(fresh: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        assert found() == "built"
+    finally:
+        os.umask(before)
+    path = fresh / "kernels.so"
+    assert path.stat().st_mode & 0o777 == 0o755, "others must be able to read it, and not to write"
+    path.write_text("kept")
+    assert found() == "kept"
+
+
+def test_a_filled_cache_that_cannot_be_written_is_used(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A container image filled by root, served by another user."""
+    forbid_writing(monkeypatch)
+    path = put(fresh)
+    fresh.chmod(0o555)
+    assert native_cache.kept("kernels.so", mark) == path
+    assert not caplog.records
+    other = native_cache.kept("other.so", mark)
+    assert other.read_text() == "built"
+    assert other.parent != fresh
+    assert "other.so is not there, and the folder cannot be written" in caplog.text
+    assert list(fresh.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o757, 0o1777])
+def test_cache_that_others_can_write(mode: int, fresh: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is loaded from there: anybody could have put it there under the name that we look for."""
+    path = put(fresh)
+    fresh.chmod(mode)
+    assert found() == "built"
+    assert "nobody else may write there" in caplog.text
+    assert path.read_text() == "kept"
+
+
+def test_cache_of_somebody_else(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(fresh)
+    give_away(fresh, monkeypatch)
+    assert found() == "built"
+
+
+@pytest.mark.parametrize("fault", ["others can write it", "its group can write it", "it is somebody else's", "a link"])
+def test_a_file_that_others_could_change_is_not_loaded(
+    fault: str, fresh: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is built again, in its place where that may be written."""
+    path = put(fresh, {"others can write it": 0o757, "its group can write it": 0o775}.get(fault, 0o755))
+    if fault == "it is somebody else's":
+        give_away(path, monkeypatch)
+    elif fault == "a link":
+        elsewhere = put(tmp_path_factory.mktemp("elsewhere"))
+        path.unlink()
+        path.symlink_to(elsewhere)
+    assert found() == "built"
+    assert not path.is_symlink()
+
+
+def test_compiler_with_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "env LC_ALL=C g++")
+    command = native._compiler()
+    assert command is not None
+    assert Path(command[0]).name == "env"
+    assert command[1:] == ("LC_ALL=C", "g++")
