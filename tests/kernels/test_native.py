@@ -2,9 +2,11 @@
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,16 +31,33 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     native.library.cache_clear()
 
 
+BROKEN = "echo broken >&2; exit 1"
+NO_OPENMP = 'case "$*" in *--version) echo 1;; *) echo -fopenmp is not supported >&2; exit 1;; esac'
+EMPTY = "exit 0"  # says that all went well, and writes nothing that can be loaded
+
+
+def only(folder: Path, compilers: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """These programs, each a line of shell, are all the compilers that there are."""
+    for name, script in compilers.items():
+        path = folder / name
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+    monkeypatch.setattr(shutil, "which", partial(shutil.which, path=str(folder)))
+    monkeypatch.delenv("CXX", raising=False)
+
+
 @pytest.mark.parametrize("reason", ["none", "fails"])
 def test_without_a_working_compiler(
-    reason: str, fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    reason: str,
+    fresh: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The older paths serve, with one line that says why; nothing half-built is left."""
-    if reason == "none":
-        monkeypatch.setenv("PATH", "")
-        monkeypatch.delenv("CXX", raising=False)
-    else:
-        monkeypatch.setenv("CXX", "false")
+    """The older paths serve, with one message that says why; nothing half-built is left."""
+    only(
+        tmp_path_factory.mktemp("bin"), {"g++": BROKEN, "clang++": NO_OPENMP} if reason == "fails" else {}, monkeypatch
+    )
     with caplog.at_level(logging.WARNING, logger="vlmq_serve.kernels.native"):
         for bits, dtype in ((4, BF16), (3, FP32), (8, BF16)):
             weight = random_weight(64, 128, bits, 64, False)
@@ -47,7 +66,31 @@ def test_without_a_working_compiler(
             x = torch.randn(4, 128, generator=torch.Generator().manual_seed(4)).to(dtype)
             assert relative_error(linear(x, prepared), x.double() @ exact_weight(weight).T) <= 1e-2
     assert len(caplog.records) == 1
+    expected = ["no C++ compiler"] if reason == "none" else ["g++: broken", "clang++: -fopenmp is not supported"]
+    assert all(text in caplog.text for text in [*expected, "slower"])
     assert list(fresh.iterdir()) == []
+
+
+@pytest.mark.parametrize("broken", [BROKEN, NO_OPENMP, EMPTY])
+def test_the_next_compiler_is_tried(
+    broken: str,
+    fresh: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One message names the compiler that failed; the next process finds what the other one compiled."""
+    folder = tmp_path_factory.mktemp("bin")
+    only(folder, {"first": broken, "g++": f'exec {shutil.which("g++") or shutil.which("c++")} "$@"'}, monkeypatch)
+    monkeypatch.setenv("CXX", "first -v")
+    assert native.library() is not None
+    assert len(caplog.records) == 1
+    assert f"{folder / 'first'} -v: " in caplog.text
+    assert "another compiler's serve" in caplog.text
+    before = set(fresh.iterdir())
+    native.library.cache_clear()
+    assert native.library() is not None
+    assert set(fresh.iterdir()) == before
 
 
 def test_processes_that_build_at_once(fresh: Path) -> None:
@@ -171,7 +214,6 @@ def test_a_file_that_others_could_change_is_not_loaded(
 
 def test_compiler_with_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "env LC_ALL=C g++")
-    command = native._compiler()
-    assert command is not None
+    command = native._compilers()[0]
     assert Path(command[0]).name == "env"
     assert command[1:] == ("LC_ALL=C", "g++")

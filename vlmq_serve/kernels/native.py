@@ -55,28 +55,38 @@ def library(isa: str | None = None) -> ctypes.CDLL | None:
         return library(found[-1])
     if isa is None or isa not in found:
         return None
-    compiler = _compiler()
-    if compiler is None:
+    loaded, failures = _first_that_works(isa)
+    if failures:
+        serves = "slower kernels serve" if loaded is None else "another compiler's serve"
+        logger.warning("compiling the CPU kernels failed, %s\n%s", serves, "\n".join(failures))
+    elif loaded is None:
         logger.warning(
             "no C++ compiler (CXX, %s): slower CPU kernels serve; install one, for example with `apt install g++`",
             ", ".join(COMPILERS),
         )
-        return None
-    try:
-        loaded = ctypes.CDLL(str(_built(compiler, isa)))
-    except (OSError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", None) or str(error)
-        name = " ".join(compiler)
-        logger.warning("compiling the CPU kernels with %s failed, slower ones serve: %s", name, detail[-2000:])
-        return None
-    _declare(loaded)
     return loaded
 
 
-def _compiler() -> tuple[str, ...] | None:
-    """The command; CXX may hold arguments, as in `ccache g++`."""
-    names = [name for text in (os.environ.get("CXX", ""), *COMPILERS) if (name := text.split())]
-    return next(((path, *arguments) for name, *arguments in names if (path := shutil.which(name))), None)
+def _first_that_works(isa: str) -> tuple[ctypes.CDLL | None, list[str]]:
+    """The kernels by the first compiler whose build can be loaded, and what the ones before it said."""
+    failures = []
+    for compiler in _compilers():
+        try:
+            loaded = ctypes.CDLL(str(_built(compiler, isa)))
+        except (OSError, subprocess.SubprocessError) as error:
+            said = getattr(error, "stderr", None) or str(error)
+            failures.append(f"{' '.join(compiler)}: {said.strip()[-2000:]}")
+            continue
+        _declare(loaded)
+        return loaded, failures
+    return None, failures
+
+
+def _compilers() -> list[tuple[str, ...]]:
+    """The commands that there are, in the order to try; CXX may hold arguments, as in `ccache g++`."""
+    names = (text.split() for text in (os.environ.get("CXX", ""), *COMPILERS))
+    commands = ((path, *name[1:]) for name in names if name and (path := shutil.which(name[0])))
+    return list(dict.fromkeys(commands))
 
 
 def _run(command: tuple[str, ...], timeout: int) -> str:
