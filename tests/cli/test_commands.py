@@ -96,6 +96,11 @@ def test_eval_writes_answers_and_compares(rtn_w4: Path, tmp_path: Path) -> None:
     assert "was asked other questions" in one_error(fewer)
     assert len(json.loads((tmp_path / "w4.json").read_text())["answers"]) == 4  # they are not lost for that
     assert "cannot be written" in one_error(vlmq("eval", rtn_w4, "--data", EVALUATION, "-o", tmp_path))
+    again = ("eval", MODEL, "--data", EVALUATION, "--limit", 2, "-o", tmp_path / "w4.json")
+    assert "exists already" in one_error(vlmq(*again))
+    assert len(json.loads((tmp_path / "w4.json").read_text())["answers"]) == 4
+    assert vlmq(*again, "--overwrite").exit_code == 0
+    assert len(json.loads((tmp_path / "w4.json").read_text())["answers"]) == 2
 
 
 def test_an_interrupted_calibration_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

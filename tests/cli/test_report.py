@@ -82,6 +82,22 @@ def test_the_folder_of_the_report_alone_will_do(run: Path, tmp_path: Path) -> No
     assert "Error of the layers" in heads
 
 
+def test_an_earlier_page_is_kept_unless_told_otherwise(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = tmp_path / "report.html"
+    page.write_text("earlier")
+    for output in ([], ["-o", str(page)]):
+        result = report(str(run), *output)
+        assert result.exit_code == 1
+        assert "exists already" in result.stderr
+        assert "--overwrite" in result.stderr
+        assert page.read_text() == "earlier"
+    assert report(str(run), "--overwrite").exit_code == 0
+    assert Page(page.read_text()).heads
+
+
 def test_a_run_without_data_shows_its_weights(tmp_path: Path) -> None:
     calibrate(MODEL, tmp_path / "out", None, make_recipe(method="rtn", bits=4, group_size=64))
     assert report(str(tmp_path / "out"), "-o", str(tmp_path / "r.html")).exit_code == 0
@@ -99,6 +115,7 @@ def test_no_run_is_one_error(run: Path, tmp_path: Path, monkeypatch: pytest.Monk
         ([str(damaged)], "without ['hashes']"),
         ([str(tmp_path / "x")], "no such folder"),
         ([str(run), "-o", str(tmp_path / "x" / "r.html")], "does not exist"),
+        ([str(run), "-o", str(tmp_path)], "cannot be written"),
     ):
         result = report(*arguments)
         assert result.exit_code == 1

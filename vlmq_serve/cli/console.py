@@ -44,13 +44,15 @@ def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
-def check_writable(output: Path) -> None:
-    """Raise `VLMQError`, before the work, where `--output` cannot become a file."""
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raise `VLMQError`, before the work, where `--output` cannot become a file or, without `overwrite`, is one."""
     folder = output.absolute().parent
     if not folder.is_dir():
         raise VLMQError(f"--output {output}: the folder {folder} does not exist")
     if output.is_dir() or not os.access(output if output.exists() else folder, os.W_OK):
         raise VLMQError(f"--output {output}: cannot be written; give the name of a file where you may write")
+    if output.is_file() and not overwrite:
+        raise VLMQError(f"--output {output}: exists already; choose another file, or overwrite it (--overwrite)")
 
 
 def print_figures(table: Table) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from vlmq_serve.cli.console import check_writable, hide_loading_bars, one_line_errors, out, progress_bar
+from vlmq_serve.cli.console import check_output, hide_loading_bars, one_line_errors, out, progress_bar
 from vlmq_serve.format.errors import VLMQError
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def evaluate(
     simulate: Annotated[
         bool, typer.Option("--simulate", help="Folder: with the activations that its calibration has simulated.")
     ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier evaluation in OUTPUT.")] = False,
 ) -> None:
     """Ask a model every question of a data file and compare with the expected answers.
 
@@ -47,7 +48,7 @@ def evaluate(
 
     earlier = read_evaluation(reference) if reference else None
     if output is not None:
-        check_writable(output)
+        check_output(output, overwrite)
     remote = model.startswith(("http://", "https://"))
     out.print(f"evaluate {model} {'over the OpenAI API' if remote else 'in transformers, fp32'} on {data}")
     if remote and simulate:
