@@ -51,10 +51,15 @@ def connect(base_url: str) -> tuple[Any, str]:
 
 
 def ask(client: Any, model: str, chat: Chat, max_new_tokens: int = 32) -> str:
-    """Greedy answer to one chat."""
-    reply = client.chat.completions.create(
-        model=model, messages=openai_messages(chat), max_tokens=max_new_tokens, temperature=0
-    )
+    """Greedy answer to one chat; `VLMQError` with its line where the server refuses it or is gone."""
+    import openai
+
+    try:
+        reply = client.chat.completions.create(
+            model=model, messages=openai_messages(chat), max_tokens=max_new_tokens, temperature=0
+        )
+    except openai.OpenAIError as error:
+        raise VLMQError(f"{chat.where}: no answer from the server ({' '.join(str(error).split())[:200]})") from None
     return str(reply.choices[0].message.content or "").strip()
 
 
