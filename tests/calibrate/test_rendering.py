@@ -1,6 +1,8 @@
 """Chat templates that the models of the hub have, and chats that their processors refuse."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from transformers import AutoProcessor
 
 from tests.calibrate.test_families import TEXT, llava_onevision, tokenizer_of
 from vlmq_serve.calibrate.chats import read_chats
+from vlmq_serve.calibrate.loading import load_processor
 from vlmq_serve.calibrate.rendering import render
 from vlmq_serve.calibrate.samples import ANSWER, PROMPT, VISION, build_sample
 from vlmq_serve.format.errors import VLMQError
@@ -95,3 +98,25 @@ def test_an_answer_may_come_first_but_not_alone(tiny_model, tmp_path):
     assert answers == "Hello<|im_end|>\nred<|im_end|>\n"
     with pytest.raises(VLMQError, match="line 1: has no question"):
         chat_of(tmp_path, answer)
+
+
+def test_the_tokenizers_template_serves_where_the_processor_has_none(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    template = load_processor(folder).chat_template
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(VLMQError, match="has no chat template"):
+        load_processor(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    assert load_processor(folder).chat_template == template
+
+
+def test_a_tokenizer_without_its_vocabulary_is_refused(tmp_path):
+    """transformers loads Qwen2-VL's without its files, and then it finds special tokens only."""
+    source = Path(__file__).resolve().parents[2] / "examples" / "tiny-qwen2vl"
+    folder = shutil.copytree(source, tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"tokenizer_class": "Qwen2Tokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(VLMQError, match="the tokenizer reads no text"):
+        load_processor(folder)

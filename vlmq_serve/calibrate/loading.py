@@ -56,14 +56,19 @@ def load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def load_processor(folder: Path) -> Any:
-    """The model's own processor, with its chat template."""
+    """The model's own processor, with its chat template, or where it has none, as in vLLM, that of its tokenizer."""
     from transformers import AutoProcessor
 
     try:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise VLMQError(f"{folder}: transformers cannot load the processor ({_one_line(error)})") from None
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if not tokenizer("text")["input_ids"]:
+        raise VLMQError(f"{folder}: the tokenizer reads no text; copy tokenizer.json, or vocab.json and merges.txt")
     if getattr(processor, "chat_template", None) is None:
+        processor.chat_template = tokenizer.chat_template
+    if processor.chat_template is None:
         raise VLMQError(f"{folder}: the processor has no chat template; copy chat_template.jinja of its source")
     return processor
 

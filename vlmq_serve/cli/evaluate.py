@@ -94,8 +94,7 @@ def accuracy_table(result: "Evaluation", reference: "Evaluation | None") -> Tabl
 
 
 def _local(model: str, batch_size: int, max_new_tokens: int, simulate: bool) -> Answerer:
-    import transformers
-
+    from vlmq_serve.calibrate.loading import load_processor
     from vlmq_serve.evaluate.answers import answer_locally
     from vlmq_serve.evaluate.loading import load_model
     from vlmq_serve.evaluate.simulation import activation_scheme, load_simulated
@@ -113,7 +112,7 @@ def _local(model: str, batch_size: int, max_new_tokens: int, simulate: bool) -> 
     if simulated and not simulate:
         out.print("activations of 16 bits, as served; --simulate for those that its calibration has simulated")
     loaded = load_simulated(folder) if simulate else load_model(folder)
-    processor = transformers.AutoProcessor.from_pretrained(folder)
+    processor = load_processor(folder)
 
     def answer(chats: Sequence["Chat"]) -> Iterator[str]:
         replies = answer_locally(loaded, processor, chats, batch_size=batch_size, max_new_tokens=max_new_tokens)
