@@ -21,7 +21,7 @@ from vlmq_serve.kernels.compile_report import GEMM, GEMV, WRITE, Variant, varian
 pytestmark = pytest.mark.unit
 
 KINDS = {
-    (90, GEMM, 8, True, False), (90, GEMM, 64, False, False), (80, GEMM, 16, True, True), (90, GEMV, 1, True, True),
+    (90, GEMM, 8, True, False), (90, GEMM, 64, True, False), (80, GEMM, 16, True, True), (90, GEMV, 1, True, True),
     (90, WRITE, 0, False, True),
 }  # fmt: skip
 """Architecture, kernel, rows of x in a tile, split K, tails."""
@@ -47,11 +47,9 @@ def test_compiled_kernel_is_right(variant: Variant) -> None:
     # The next launch finds its counters at a multiple of what a launch adds.
     if variant.split:
         assert set(late.rounds) == {cases.ROUNDS + 1}
-    # No access of shared memory waits for another's bank, and copies move whole sectors.
-    for kind in late.shared.cost:
-        assert late.shared.ratio(kind) <= 1.05, kind
-    if late.memory.cost["copy"]:
-        assert late.memory.ratio("copy") == 1
+    # No access of shared memory waits for another's bank, and whole sectors move.
+    assert all(late.shared.ratio(kind) <= 1.05 for kind in late.shared.cost)
+    assert all(late.memory.ratio(kind) <= 1.03 for kind in late.memory.cost)
 
 
 def test_partial_sums_are_added_in_order() -> None:

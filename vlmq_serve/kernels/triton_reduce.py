@@ -41,12 +41,17 @@ def _store(acc, y_ptr, pid_n, pid_m, M, N, BM: tl.constexpr, BN: tl.constexpr, E
 
 
 @triton.jit
-def _sum(parts_ptr, inside, splits, BM: tl.constexpr, BN: tl.constexpr):
-    """Sum of the tiles at parts_ptr, first to last; loads bypass L1."""
-    total = tl.zeros((BN, BM), tl.float32)
+def _sum(parts_ptr, splits, BM: tl.constexpr, BN: tl.constexpr):
+    """Sum [BN, BM] of the tiles at parts_ptr, first to last; loads bypass L1.
+
+    Read in one dimension: in two, the compiler may give a thread 32 bytes in a row, which it loads in two halves, each
+    of half a sector.
+    """
+    inside = tl.arange(0, BN * BM)
+    total = tl.zeros((BN * BM,), tl.float32)
     for s in range(splits):
         total += tl.load(parts_ptr + s * (BN * BM) + inside, cache_modifier=".cg")
-    return total
+    return tl.reshape(total, (BN, BM))
 
 
 @triton.jit
@@ -69,7 +74,7 @@ def _finish(
             mine = _ARRIVALS // splits
             before = tl.atomic_add(count_ptr + tile, mine, sem="acq_rel", scope="gpu")
             if (before + mine) % _ARRIVALS == 0:
-                total = _sum(parts_ptr, inside, splits, BM, BN)
+                total = _sum(parts_ptr, splits, BM, BN)
                 _store(total, y_ptr, pid_n, pid_m, M, N, BM, BN, EVEN_N)
 
 
@@ -81,5 +86,4 @@ def sum_kernel(
     pid_n = tl.program_id(0)
     pid_m = tl.program_id(1)
     parts_ptr += (pid_m * tl.num_programs(0) + pid_n).to(tl.int64) * splits * (BN * BM)
-    inside = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
-    _store(_sum(parts_ptr, inside, splits, BM, BN), y_ptr, pid_n, pid_m, M, N, BM, BN, EVEN_N)
+    _store(_sum(parts_ptr, splits, BM, BN), y_ptr, pid_n, pid_m, M, N, BM, BN, EVEN_N)
