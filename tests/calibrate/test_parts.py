@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,6 +41,19 @@ def test_a_tied_head_gets_a_weight_of_its_own_and_the_embeddings_stay(tiny_model
     assert torch.equal(tensors[name], load_file(tiny_model / "model.safetensors")[name])
     head = load_model(out).lm_head.weight
     assert torch.allclose(head, tensors[name].float(), atol=0.1 * float(tensors[name].abs().max()))
+
+
+def test_the_disk_must_hold_a_head_that_was_tied_twice(tiny_model, tmp_path, monkeypatch):
+    """Once in the work folder and once in the checkpoint, beside the embeddings."""
+    settings = {"method": "rtn", "bits": 4, "group_size": 32}
+    without, chosen = make_recipe(**settings), make_recipe(**settings, lm_head="w8")
+    plan = make_plan(tiny_model, chosen)
+    assert plan.head.bytes_after > 0
+    assert plan.bytes_needed == make_plan(tiny_model, without).bytes_needed + 2 * plan.head.bytes_after
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=plan.bytes_needed - 1))
+    with pytest.raises(VLMQError, match="free some space"):
+        calibrate(tiny_model, tmp_path / "out", None, chosen)
+    calibrate(tiny_model, tmp_path / "out", None, without)
 
 
 def test_the_report_has_the_tower_and_the_head(calibrated):

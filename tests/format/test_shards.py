@@ -1,8 +1,10 @@
 """Key-by-key rewriting of a model folder: what changes, what must not, and what happens when it dies."""
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,6 +149,22 @@ def test_refusals(source: Path, tmp_path: Path) -> None:
     with pytest.raises(VLMQError, match="quantized already"):
         write_checkpoint(tmp_path / "done", tmp_path / "twice", quantized(), SPEC)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["done", "source", "taken"]
+
+
+def test_a_head_that_was_tied_needs_room_of_its_own(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing but the head is quantized here, so the tensors of the checkpoint are exactly what is reckoned."""
+    spec, head = QuantizationSpec(SCHEME, ignore=("layers",)), {"lm_head": quantized()[LINEARS[0]]}
+    tied = {"lm_head": f"{LINEARS[0]}.weight"}  # stands for the embeddings
+    write_checkpoint(source, tmp_path / "out", head, spec, tied=tied)
+    size = sum(info.nbytes for info in read_tensor_index(tmp_path / "out").values())
+    assert size == sum(info.nbytes for info in read_tensor_index(source).values()) + head["lm_head"].nbytes
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=size))
+    write_checkpoint(source, tmp_path / "enough", head, spec, tied=tied)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=size - 1))
+    with pytest.raises(VLMQError, match="free some space"):
+        write_checkpoint(source, tmp_path / "short", head, spec, tied=tied)
 
 
 def test_damage_is_named(source: Path, tmp_path: Path) -> None:

@@ -77,8 +77,7 @@ def _check_output(out: Path, plan: Plan, overwrite: bool) -> None:
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise VLMQError(f"{out}: cannot be created, since {existing} is no folder that you may write to")
     free = shutil.disk_usage(existing).free
-    # The work folder's packed layers, and a checkpoint that the writer reckons at the source's size.
-    need = plan.bytes_before + sum(linear.bytes_after for linear in plan.quantized)
+    need = plan.bytes_needed
     if free < need:
         raise VLMQError(f"{existing}: {free / 2**30:.1f} GiB free, {need / 2**30:.1f} GiB needed; free some space")
 

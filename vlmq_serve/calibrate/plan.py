@@ -45,6 +45,13 @@ class Plan:
     def bytes_after(self) -> int:
         return self.bytes_before - sum(linear.bytes_before - linear.bytes_after for linear in self.all_linears)
 
+    @property
+    def bytes_needed(self) -> int:
+        """Room on the disk: the work folder's packed layers, and a checkpoint as the writer reckons it, the source's
+        tensors and a head that was tied."""
+        untied = sum(linear.bytes_after for linear in self.quantized if linear.tied_to)
+        return sum(linear.bytes_after for linear in self.quantized) + self.bytes_before + untied
+
     def tensor_name(self, layer: int, local: str) -> str:
         """Name in the source's files of a layer's own tensor."""
         return f"{self.layer_prefix}.{layer}.{local}"

@@ -113,7 +113,8 @@ def _check_request(
     if mismatched:
         raise VLMQError(f"{mismatched[0]}: is quantized, but the ignore list {list(spec.ignore)} excludes it")
     spec.check_fused(packed)
-    need = sum(info.nbytes for info in tensors.values())
+    # Codes and scales take no more than the weights that they replace; a head that was tied comes on top.
+    need = sum(info.nbytes for info in tensors.values()) + sum(packed[name].nbytes for name in tied)
     parent = next(p for p in out.absolute().parents if p.exists())
     free = shutil.disk_usage(parent).free
     if free < need:
