@@ -105,3 +105,33 @@ def test_empty_missing_and_binary_files(tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(VLMQError, match="not UTF-8"):
         read_chats(tmp_path / "binary")
+
+
+def test_photos_stand_upright_as_their_exif_data_say(tmp_path):
+    """A phone stores what its sensor saw and a note how it was held; vLLM and browsers follow the note."""
+    photo = Image.new("RGB", (16, 8), (0, 0, 0))
+    photo.paste((255, 255, 255), (0, 0, 8, 8))
+    exif = Image.Exif()
+    exif[Image.ExifTags.Base.Orientation] = 6  # to be turned by 90 degrees clockwise
+    photo.save(tmp_path / "photo.png", exif=exif)
+    ((seen,),) = [chat.images() for chat in read_chats(write(tmp_path, line("photo.png")))]
+    assert seen.size == (8, 16)
+    assert seen.getpixel((4, 2)) == (255, 255, 255)
+    assert seen.getpixel((4, 13)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_parts_are_white(tmp_path, mode):
+    if mode == "P":
+        image = Image.new("P", (8, 8), 0)
+        image.putpalette([0, 0, 0, 255, 0, 0])
+        image.paste(1, (4, 0, 8, 8))
+        image.save(tmp_path / "a.png", transparency=0)
+    else:
+        image = Image.new(mode, (8, 8))
+        image.paste((255, 0, 0, 255) if mode == "RGBA" else (80, 255), (4, 0, 8, 8))
+        image.save(tmp_path / "a.png")
+    ((seen,),) = [chat.images() for chat in read_chats(write(tmp_path, line("a.png")))]
+    assert seen.mode == "RGB"
+    assert seen.getpixel((1, 4)) == (255, 255, 255)
+    assert seen.getpixel((6, 4)) == ((80, 80, 80) if mode == "LA" else (255, 0, 0))

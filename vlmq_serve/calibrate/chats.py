@@ -6,11 +6,12 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vlmq_serve.format.errors import VLMQError
 
@@ -46,7 +47,7 @@ class Chat:
         return [_read_source(source, self) for source in self.image_sources]
 
     def images(self) -> list[Image.Image]:
-        """Decoded RGB images in order; a broken one is a `VLMQError`."""
+        """Decoded RGB images in order, as vLLM would see them; a broken one is a `VLMQError`."""
         encoded = zip(self.image_bytes(), self.image_sources, strict=True)
         return [_decode(data, source, self) for data, source in encoded]
 
@@ -151,9 +152,21 @@ def _read_source(source: str, chat: Chat) -> bytes:
 def _decode(data: bytes, source: str, chat: Chat) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return image.convert("RGB")
+            return _as_rgb(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         shown = source if len(source) <= 80 else source[:60] + "..."
         detail = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
         fault = f"{chat.where}: image {shown!r} is broken ({detail})"
         raise VLMQError(f"{fault}; replace the image, or remove the line") from None
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """The picture that vLLM would see: upright as its EXIF data say, on white where it is transparent."""
+    with suppress(Exception):  # EXIF data may be broken in many ways; the picture is then taken as it lies
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "RGB" or not image.has_transparency_data:
+        return image.convert("RGB")
+    layered = image.convert("RGBA")
+    flat = Image.new("RGB", layered.size, "white")
+    flat.paste(layered, mask=layered.getchannel("A"))
+    return flat
