@@ -105,7 +105,54 @@ def test_the_decoder_is_calibrated_on_the_quantized_tower(tiny_model, data_file,
     assert not torch.equal(codes[0][key], codes[1][key])
 
 
-def test_an_interrupted_run_goes_on_with_its_tower(tiny_model, data_file, tmp_path, calibrated):
+ALL = {**BOTH, "embeddings": "w4g32"}
+
+
+@pytest.fixture(scope="module")
+def everything(tiny_model, data_file, tmp_path_factory):
+    """With embeddings of 4 bits as well."""
+    out = tmp_path_factory.mktemp("all") / "out"
+    return out, calibrate(tiny_model, out, data_file, make_recipe(samples=8, **ALL))
+
+
+def test_embeddings_are_packed_beside_a_head_of_their_own(tiny_model, everything):
+    out, report = everything
+    tensors = load_file(out / "model.safetensors")
+    names = [name.rpartition(".")[0] for name in tensors if name.endswith(("embed_tokens.qweight", "lm_head.qweight"))]
+    assert len(names) == 2
+    assert not any(f"{name}.weight" in tensors for name in names)
+    assert [(layer.index, layer.linears[0].scheme) for layer in report.layers[3:]] == [
+        (3, "w8g32"),
+        (4, "w8g32"),
+        (5, "w4g32"),
+    ]
+    plain, model = load_model(tiny_model), load_model(out)
+    source, table = (m.get_input_embeddings().weight.detach() for m in (plain, model))
+    errors = [float((weight - source).norm() / source.norm()) for weight in (table, model.lm_head.weight.detach())]
+    assert errors[1] < 0.01 < errors[0] < 0.2
+
+
+def test_the_decoder_is_calibrated_on_the_rounded_embeddings(everything, calibrated):
+    codes = [load_file(folder / "model.safetensors") for folder, _ in (everything, calibrated)]
+    key = next(key for key in codes[0] if key.endswith("layers.0.self_attn.q_proj.qweight"))
+    assert not torch.equal(codes[0][key], codes[1][key])
+
+
+def test_tied_embeddings_need_a_head(tiny_model):
+    with pytest.raises(VLMQError, match=r"embeddings: got w8g32, but they are the head's weight too.*give `lm_head`"):
+        make_plan(tiny_model, make_recipe(method="rtn", group_size=32, embeddings="w8"))
+
+
+def test_embeddings_that_vllm_builds_without_a_name_are_refused(make_model):  # noqa: F811
+    folder = make_model("internvl")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["model_type"] = "llama"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(VLMQError, match="embeddings: got w8g32 for a decoder of type 'llama'"):
+        make_plan(folder, make_recipe(method="rtn", bits=4, group_size=32, embeddings="w8", lm_head="w8"))
+
+
+def test_an_interrupted_run_goes_on_with_its_parts(tiny_model, data_file, tmp_path, everything):
     from vlmq_serve.calibrate.progress import SilentProgress
 
     class Stopping(SilentProgress):
@@ -113,11 +160,11 @@ def test_an_interrupted_run_goes_on_with_its_tower(tiny_model, data_file, tmp_pa
             if detail.startswith("layer 1"):
                 raise KeyboardInterrupt
 
-    recipe = make_recipe(samples=8, **BOTH)
+    recipe = make_recipe(samples=8, **ALL)
     with pytest.raises(KeyboardInterrupt):
         calibrate(tiny_model, tmp_path / "out", data_file, recipe, progress=Stopping())
     calibrate(tiny_model, tmp_path / "out", data_file, recipe, resume=True)
-    first, second = (load_file(path / "model.safetensors") for path in (calibrated[0], tmp_path / "out"))
+    first, second = (load_file(path / "model.safetensors") for path in (everything[0], tmp_path / "out"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
 

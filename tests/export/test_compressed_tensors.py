@@ -65,7 +65,7 @@ def test_shapes_are_those_that_vllm_allocates(scheme: str) -> None:
 @pytest.mark.unit
 def test_every_scheme_has_a_group_of_its_own(tmp_path: Path) -> None:
     overrides = {"model.layers.0.mlp": "w2g64", "model.layers.1.self_attn.o_proj": "w8g-1"}
-    settings = {"overrides": overrides, "lm_head": "w8g64", "vision": "w4g32"}
+    settings = {"overrides": overrides, "lm_head": "w8g64", "vision": "w4g32", "embeddings": "w4g64"}
     mixed = quantize_parts(MODEL, tmp_path / "mixed", "w4g64", **settings)
     export_compressed_tensors(mixed, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
@@ -79,6 +79,10 @@ def test_every_scheme_has_a_group_of_its_own(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert tensors["lm_head.weight_packed"].shape == (512, 192 * 8 // 32)
     assert not any("lm_head" in name for name in config["ignore"])
+    # vLLM's method for this form has no packed embeddings.
+    table = load_model(mixed, torch.bfloat16).get_input_embeddings().weight
+    assert torch.equal(tensors["model.embed_tokens.weight"], table)
+    assert "model.embed_tokens" in config["ignore"]
 
 
 @pytest.mark.unit

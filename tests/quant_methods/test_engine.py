@@ -18,7 +18,7 @@ pytestmark = pytest.mark.serve
 EVALUATION = Path(__file__).resolve().parents[2] / "examples" / "data" / "evaluation.jsonl"
 PROMPTS = 8  # the file goes through its kinds of question in turn
 NEW_TOKENS = 8
-# Widths for single modules, and a head and a vision tower besides; the head of this model is tied to its embeddings.
+# Widths for single modules, and head, embeddings and vision tower besides; the model ties its head to its embeddings.
 MIXED = {
     "model.layers.0.self_attn": "w3g32",
     "model.layers.1.mlp.gate_proj": "w2g32s",
@@ -26,13 +26,13 @@ MIXED = {
     "model.layers.2.mlp.down_proj": "w2g64",
     "model.layers.3": "w4g-1",
 }
-EVERYTHING = {"overrides": MIXED, "lm_head": "w4g64", "vision": "w8g32"}
+EVERYTHING = {"overrides": MIXED, "lm_head": "w4g64", "vision": "w8g32", "embeddings": "w3g64"}
 # float32 shows that the weights are the same ones. bfloat16 takes other paths and rounds activations, in other places
 # than transformers does: there the unquantized model differs between the two by 0.03 as well.
 CASES = [
     pytest.param("w2g32", {}, "float32", 1e-3, id="w2-float32"),
     pytest.param("w3g64s", {}, "bfloat16", 0.05, id="w3-symmetric-bfloat16"),
-    pytest.param("w4g64", EVERYTHING, "float32", 1e-3, id="w4-and-others-head-and-tower-float32"),
+    pytest.param("w4g64", EVERYTHING, "float32", 1e-3, id="w4-and-others-all-parts-float32"),
 ]
 
 

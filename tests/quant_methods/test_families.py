@@ -46,11 +46,12 @@ def test_text_models_give_the_logprobs_of_transformers(
 def test_vision_language_models_give_the_logprobs_of_transformers(
     family: str, tower: str | None, tiny_model: Path, tmp_path: Path, engine: Any
 ) -> None:
-    """Decoder, head and, where vLLM builds it quantizable, vision tower quantized; about images and on text alone."""
+    """Decoder, head, embeddings and, where vLLM builds it quantizable, vision tower quantized; about images and on
+    text alone."""
     source = write_family(family, tiny_model, tmp_path / "source")
-    checkpoint = quantize_parts(source, tmp_path / "w3", "w3g32", lm_head="w8", vision=tower)
+    checkpoint = quantize_parts(source, tmp_path / "w3", "w3g32", lm_head="w8", embeddings="w4", vision=tower)
     kinds = {part_of_model(name) for name in quantized_modules(read_tensor_index(checkpoint))}
-    assert kinds == {"decoder", "lm_head", *(["vision"] if tower else [])}
+    assert kinds == {"decoder", "lm_head", "embeddings", *(["vision"] if tower else [])}
     llm, model = engine(checkpoint), load_model(checkpoint, torch.float32)
     check_images(llm, model, checkpoint)
     check_text(llm, model)

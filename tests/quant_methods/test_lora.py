@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.quant_methods.checkpoints import quantize
+from tests.quant_methods.checkpoints import quantize_parts
 from tests.quant_methods.test_engine import EVALUATION, ask, reference_logprobs
 from vlmq_serve.calibrate.chats import read_chats
 from vlmq_serve.evaluate.loading import load_model
@@ -49,12 +49,16 @@ def merge(model: Any, adapter: Path) -> None:
 
 
 def test_an_adapter_on_a_quantized_checkpoint_is_one_on_its_weights(
-    tiny_model: Path, tmp_path: Path, engine: Any
+    tiny_model: Path, tmp_path: Path, engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With the exact kernel: what is tested is how adapters are wired."""
     from transformers import AutoProcessor
     from vllm.lora.request import LoRARequest
 
-    checkpoint = quantize(tiny_model, tmp_path / "w3", "w3g32", {"model.layers.1": "w4g64"})
+    monkeypatch.setenv("VLMQ_KERNEL", "reference")
+    checkpoint = quantize_parts(
+        tiny_model, tmp_path / "w3", "w3g32", overrides={"model.layers.1": "w4g64"}, lm_head="w8", embeddings="w8"
+    )
     model = load_model(checkpoint, torch.float32)
     adapter = write_adapter(model, tmp_path / "adapter")
     processor, chats = AutoProcessor.from_pretrained(checkpoint), read_chats(EVALUATION)[:4]

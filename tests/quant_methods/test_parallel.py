@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.quant_methods.checkpoints import quantize
+from tests.quant_methods.checkpoints import quantize_parts
 from tests.quant_methods.test_engine import EVALUATION, ask
 from vlmq_serve.calibrate.chats import read_chats
 
@@ -48,7 +48,8 @@ FEATURES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quantize(tiny_model, tmp_path_factory.mktemp("parallel") / "w3", "w3g32", MIXED)
+    parts = {"overrides": MIXED, "lm_head": "w8", "embeddings": "w4"}  # the vocabulary is split, too
+    return quantize_parts(tiny_model, tmp_path_factory.mktemp("parallel") / "w3", "w3g32", **parts)
 
 
 Answers = list[tuple[list[int], list[float]]]

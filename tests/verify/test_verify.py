@@ -158,13 +158,14 @@ def test_vllm_opens_a_sound_checkpoint_on_two_ranks(checkpoint: Path) -> None:
 
 
 @pytest.mark.serve
-def test_vllm_opens_a_checkpoint_with_head_and_tower(tmp_path: Path) -> None:
-    checkpoint = quantize_parts(MODEL, tmp_path / "all", "w3g64", lm_head="w8", vision="w4", unfit="group")
+def test_vllm_opens_a_checkpoint_with_all_parts(tmp_path: Path) -> None:
+    parts = {"lm_head": "w8", "vision": "w4", "embeddings": "w4"}
+    checkpoint = quantize_parts(MODEL, tmp_path / "all", "w3g64", unfit="group", **parts)
     result = verify(checkpoint)
     assert result.exit_code == 0, result.output
     (opened,) = [line for line in lines(result, "ok") if "opened by vLLM" in line]
-    # Four decoder layers of four fused linears, three vision layers of four, two of the merger, and the head.
-    assert "31 of them packed weights" in opened
+    # Four decoder layers of four fused linears, three vision layers of four, two of the merger, head and embeddings.
+    assert "32 of them packed weights" in opened
 
 
 @pytest.mark.serve

@@ -1,4 +1,4 @@
-"""What is quantized beside the decoder layers: the head, and the linears of the vision tower."""
+"""What is quantized beside the decoder layers: head, embeddings, and the linears of the vision tower."""
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
@@ -10,7 +10,7 @@ from vlmq_serve.calibrate.recipe import Recipe
 from vlmq_serve.format.config import QuantizationSpec
 from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.format.headers import TensorInfo
-from vlmq_serve.format.names import HEAD, part_of_model
+from vlmq_serve.format.names import EMBEDDING_MODULE, HEAD, part_of_model
 
 _HEADS = (HEAD, f"language_model.{HEAD}")
 
@@ -21,7 +21,8 @@ def left_alone(recipe: Recipe, adapter: ModelAdapter) -> tuple[str, ...]:
     The family's names are there whatever the recipe ignores: nothing else keeps vLLM from asking for a packed tower.
     """
     tower = adapter.vision_tower.rpartition(".")[2]
-    asked = {name for name, part in ((HEAD, recipe.lm_head), (tower, recipe.vision)) if part is not None}
+    named = ((HEAD, recipe.lm_head), (tower, recipe.vision), (EMBEDDING_MODULE, recipe.embeddings))
+    asked = {name for name, scheme in named if scheme is not None}
     chosen = recipe.ignore or ()
     both = sorted(asked & set(chosen))
     if both:
@@ -66,7 +67,7 @@ def plan_vision(
 def plan_head(
     tensors: Mapping[str, TensorInfo], layers_prefix: str, recipe: Recipe, config: Mapping[str, Any], record: int
 ) -> LinearPlan | None:
-    """The head; where it is tied to the embeddings, a head of its own is made from them, and they stay as they are."""
+    """The head; where it is tied to the embeddings, a head of its own is made from them."""
     scheme = recipe.part_scheme("lm_head")
     if scheme is None:
         return None
@@ -74,12 +75,41 @@ def plan_head(
     for name in _HEADS:
         if f"{name}.weight" in tensors:
             return plan_linear(tensors, name, record, HEAD, scheme, unfit)
-    text = config.get("text_config") or {}
-    if not (config.get("tie_word_embeddings") or text.get("tie_word_embeddings")):
+    if not _is_tied(config):
         raise VLMQError("lm_head: has no weight and is not tied to the embeddings; the checkpoint is incomplete")
     name = _HEADS[layers_prefix.startswith("language_model.")]
-    embeddings = f"{layers_prefix.rpartition('.')[0]}.embed_tokens.weight"
-    return plan_linear(tensors, name, record, HEAD, scheme, unfit, embeddings)
+    return plan_linear(tensors, name, record, HEAD, scheme, unfit, f"{_embedding_name(layers_prefix)}.weight")
+
+
+def plan_embeddings(
+    tensors: Mapping[str, TensorInfo], layers_prefix: str, recipe: Recipe, config: Mapping[str, Any], record: int
+) -> LinearPlan | None:
+    """The table of embeddings, whose rows are looked up and not multiplied."""
+    scheme = recipe.part_scheme("embeddings")
+    if scheme is None:
+        return None
+    kind = str((config.get("text_config") or config).get("model_type"))
+    if not kind.startswith("qwen"):
+        raise VLMQError(
+            f"embeddings: got {scheme} for a decoder of type {kind!r}, whose embeddings vLLM builds without a name; "
+            "leave `embeddings` out"
+        )
+    if recipe.lm_head is None and _is_tied(config):
+        raise VLMQError(
+            f"embeddings: got {scheme}, but they are the head's weight too (tie_word_embeddings); give `lm_head` a "
+            "scheme, such as w8, which makes a weight of its own for it"
+        )
+    name = _embedding_name(layers_prefix)
+    return plan_linear(tensors, name, record, EMBEDDING_MODULE, scheme, recipe.unfit)
+
+
+def _embedding_name(layers_prefix: str) -> str:
+    return f"{layers_prefix.rpartition('.')[0]}.{EMBEDDING_MODULE}"
+
+
+def _is_tied(config: Mapping[str, Any]) -> bool:
+    text = config.get("text_config") or {}
+    return bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
 
 
 def _vision_overrides(recipe: Recipe) -> dict[str, Any]:

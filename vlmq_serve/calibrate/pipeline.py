@@ -19,12 +19,12 @@ from vlmq_serve.calibrate.planning import make_plan
 from vlmq_serve.calibrate.progress import Progress, SilentProgress
 from vlmq_serve.calibrate.recipe import Recipe
 from vlmq_serve.calibrate.report import REPORT_FOLDER, RUN_FILE, LayerResult, RunReport
+from vlmq_serve.calibrate.rounded_parts import round_parts
 from vlmq_serve.calibrate.rounding import round_layers
 from vlmq_serve.calibrate.run import Run
 from vlmq_serve.calibrate.signals import LayerSignals, layer_signals
 from vlmq_serve.calibrate.streams import Streams, capture_streams
 from vlmq_serve.calibrate.vision_clipping import simulate_vision
-from vlmq_serve.calibrate.vision_rounding import quantize_vision
 from vlmq_serve.calibrate.work import WorkFolder
 from vlmq_serve.format.errors import VLMQError
 
@@ -91,7 +91,7 @@ def _calibrate(run: Run, data: CalibrationData) -> list[LayerResult]:
     started = perf_counter()
     model = load_model(run.plan.source, dtype)
     adapter.check_config(model.config)
-    rounded = quantize_vision(model, run.plan, run.work if run.resume else None) if run.plan.vision else None
+    rounded = round_parts(model, run.plan, run.work if run.resume else None)
     feed = SampleFeed(
         load_processor(run.plan.source),
         data,
@@ -116,15 +116,14 @@ def _calibrate(run: Run, data: CalibrationData) -> list[LayerResult]:
     run.seconds["capture"] = perf_counter() - started
     _describe_data(run, data, feed, streams)
     run.work.prepare(run.resume)
-    parts: list[LayerResult] = []
-    if rounded is not None:
-        run.work.store(*rounded)
-        parts.append(rounded[0])
+    for result, packed in rounded:
+        run.work.store(result, packed)
+    parts = [result for result, _ in rounded]
     results = _run_layers(run, layers, streams, gradients)
     if run.plan.head is not None:
         norm = adapter.decoder(model).get_submodule("norm")
         parts.append(quantize_head(run.plan.head, norm, run.plan, streams, run.work))
-    return results + parts
+    return results + sorted(parts, key=lambda part: part.index)
 
 
 def _describe_data(run: Run, data: CalibrationData, feed: SampleFeed, streams: Streams) -> None:

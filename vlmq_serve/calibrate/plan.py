@@ -19,8 +19,8 @@ _RUNTIME_BYTES = 600 * 2**20  # Python with torch and transformers, measured
 class Plan:
     """Layers, linears, schemes, and bytes on disk before and after; nothing has been touched yet.
 
-    `linears` are those of the decoder, `vision` and `head` what else is quantized. The overrides and the ignore list of
-    `recipe` are complete: they give every linear its scheme.
+    `linears` are those of the decoder; `vision`, `head` and `embeddings` what else is quantized. The overrides and the
+    ignore list of `recipe` are complete: they give every linear its scheme.
     """
 
     source: Path
@@ -32,10 +32,16 @@ class Plan:
     bytes_before: int
     vision: tuple[LinearPlan, ...] = ()
     head: LinearPlan | None = None
+    embeddings: LinearPlan | None = None
+
+    @property
+    def parts(self) -> tuple[tuple[LinearPlan, ...], ...]:
+        """What is quantized beside the decoder, each with one record in the work folder."""
+        return tuple(part for part in (self.vision, _alone(self.head), _alone(self.embeddings)) if part)
 
     @property
     def all_linears(self) -> tuple[LinearPlan, ...]:
-        return (*self.linears, *self.vision, *([self.head] if self.head else ()))
+        return (*self.linears, *(linear for part in self.parts for linear in part))
 
     @property
     def quantized(self) -> tuple[LinearPlan, ...]:
@@ -86,3 +92,7 @@ class Plan:
         streams = 2 * tokens * self.linears[0].shape[1] * item
         widest = max(linear.shape[1] for linear in self.linears)
         return _RUNTIME_BYTES + self.bytes_before * item // source_item + streams + 6 * 4 * widest**2
+
+
+def _alone(linear: LinearPlan | None) -> tuple[LinearPlan, ...]:
+    return (linear,) if linear else ()

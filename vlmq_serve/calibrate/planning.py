@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -13,9 +12,9 @@ from vlmq_serve.calibrate.families import find_adapter
 from vlmq_serve.calibrate.families.adapter import ModelAdapter
 from vlmq_serve.calibrate.linear_plan import LinearPlan, plan_linear
 from vlmq_serve.calibrate.loading import resolve_model
-from vlmq_serve.calibrate.parts import left_alone, plan_head, plan_vision
+from vlmq_serve.calibrate.parts import left_alone, plan_embeddings, plan_head, plan_vision
 from vlmq_serve.calibrate.plan import Plan
-from vlmq_serve.calibrate.recipe import Recipe
+from vlmq_serve.calibrate.recipe import PARTS, Recipe
 from vlmq_serve.calibrate.settings import override_of
 from vlmq_serve.calibrate.sources import taps_of
 from vlmq_serve.format.config import QuantizationSpec
@@ -43,10 +42,11 @@ def make_plan(model: str | Path, recipe: Recipe) -> Plan:
     linears = tuple(plan_linear(tensors, *name, spec.scheme_for(name[0]), recipe.unfit) for name in names)
     vision = plan_vision(tensors, adapter, recipe, config, layers)
     head = plan_head(tensors, prefix, recipe, config, layers + 1)
+    embeddings = plan_embeddings(tensors, prefix, recipe, config, layers + 2)
     _check_names(recipe, [linear.name for linear in linears], [linear.name for linear in vision], tensors)
     _check_weighted(recipe, adapter)
     total = sum(t.nbytes for t in tensors.values())
-    plan = Plan(source, adapter, recipe, linears, layers, prefix, total, vision, head)
+    plan = Plan(source, adapter, recipe, linears, layers, prefix, total, vision, head, embeddings)
     if not any(linear.scheme for linear in linears):
         raise VLMQError(f"ignore: {list(recipe.ignore or ())} leaves no decoder linear to quantize; remove entries")
     plan = share_scales_dtype(replace(plan, recipe=pin_schemes(recipe, plan.all_linears)))
@@ -62,15 +62,14 @@ def share_scales_dtype(plan: Plan) -> Plan:
         weights[linear.dtype] += linear.shape[0] * linear.shape[1]
     common = max(weights, key=lambda dtype: weights[dtype])
     linears, vision = (tuple(replace(x, scales_dtype=common) for x in part) for part in (plan.linears, plan.vision))
-    head = replace(plan.head, scales_dtype=common) if plan.head else None
-    return replace(plan, linears=linears, vision=vision, head=head)
+    head, embeddings = (x and replace(x, scales_dtype=common) for x in (plan.head, plan.embeddings))
+    return replace(plan, linears=linears, vision=vision, head=head, embeddings=embeddings)
 
 
 def pin_schemes(recipe: Recipe, linears: Sequence[LinearPlan]) -> Recipe:
     """`recipe` with overrides and ignored names added until it gives every linear the scheme of its plan."""
     ignore, overrides = list(recipe.ignore or ()), dict(recipe.overrides)
-    parts: tuple[Literal["vision", "lm_head"], ...] = ("vision", "lm_head")
-    for part in parts:
+    for part in PARTS:
         scheme = recipe.part_scheme(part)
         chosen = [linear.name for linear in linears if linear.scheme and part_of_model(linear.name) == part]
         if scheme and chosen:

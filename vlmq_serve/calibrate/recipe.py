@@ -1,7 +1,7 @@
 """What a calibration is told, checked, and what follows from it."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import ValidationError, model_validator
@@ -12,6 +12,8 @@ from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.format.scheme import Scheme
 
 Solver = Literal["rtn", "gptq", "gptaq"]
+Part = Literal["lm_head", "vision", "embeddings"]
+PARTS: tuple[Part, ...] = get_args(Part)
 
 _BASES = {
     "vlmq": ("auto", "gptq", "gptaq"),
@@ -47,8 +49,8 @@ class Recipe(Settings):
             for name, entry in self.overrides.items()
         }
 
-    def part_scheme(self, part: Literal["lm_head", "vision"]) -> Scheme | None:
-        """Scheme of the head or of the vision tower; None where it is left as it is."""
+    def part_scheme(self, part: Part) -> Scheme | None:
+        """Scheme of what is quantized beside the decoder's linears; None where it is left as it is."""
         text: str | None = getattr(self, part)
         if text is None:
             return None
@@ -137,7 +139,7 @@ def load_recipe(path: Path, **settings: Any) -> Recipe:
 
 
 def _checked(recipe: Recipe) -> Recipe:
-    parts = recipe.part_scheme("lm_head"), recipe.part_scheme("vision")
+    parts = [recipe.part_scheme(part) for part in PARTS]
     _ = recipe.scheme, recipe.override_schemes, recipe.activations, parts
     return recipe
 

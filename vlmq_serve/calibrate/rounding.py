@@ -33,12 +33,11 @@ def round_layers(plan: Plan, work: WorkFolder, resume: bool, progress: Progress)
             work.store(result, packed, inputs=_dynamic_inputs(chosen, plan))
             results.append(result)
         progress.advance()
-    for part in (plan.vision, (plan.head,) if plan.head else ()):
-        if part:
-            index = part[0].layer
-            if work.record(index) is None:
-                work.store(*round_all(index, part, plan))
-            results += filter(None, [work.record(index)])
+    for part in plan.parts:
+        index = part[0].layer
+        if work.record(index) is None:
+            work.store(*round_all(index, part, plan))
+        results += filter(None, [work.record(index)])
     return results
 
 

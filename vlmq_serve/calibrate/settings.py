@@ -39,6 +39,10 @@ class Settings(BaseModel):
     vision: str | None = Field(
         None, description="scheme of the vision tower's linears, rounded to nearest; default: left as they are"
     )
+    embeddings: str | None = Field(
+        None,
+        description="scheme of the embeddings, rounded to nearest; a tied head needs one too",
+    )
     unfit: Literal["error", "ignore", "group"] = Field(
         "error",
         description="linears whose inputs the group size does not divide: an error (in the vision tower: left alone), "

@@ -1,11 +1,11 @@
 """Settings that somebody has given and that nothing of the calibration reads: most likely a mistake."""
 
-from vlmq_serve.calibrate.recipe import Recipe
+from vlmq_serve.calibrate.recipe import PARTS, Recipe
 
 ALWAYS_READ = frozenset(
     {
-        "method", "bits", "group_size", "symmetric", "overrides", "lm_head", "vision", "unfit", "ignore", "base",
-        "activation_bits", "simulated_vision", "device", "dtype",
+        "method", "bits", "group_size", "symmetric", "overrides", "lm_head", "vision", "embeddings", "unfit",
+        "ignore", "base", "activation_bits", "simulated_vision", "device", "dtype",
         "samples", "seed", "max_tokens", "allow_text_only", "batch_tokens",
     }
 )  # fmt: skip
@@ -26,7 +26,7 @@ def _read(recipe: Recipe) -> dict[str, bool]:
         solvers.add("gptq")
     vlmq, tlq, qvlm = (recipe.method == name for name in ("vlmq", "tlq", "qvlm"))
     return {
-        "grid": not qvlm or recipe.lm_head is not None or recipe.vision is not None,
+        "grid": not qvlm or any(recipe.part_scheme(part) for part in PARTS),
         "percdamp": solvers != {"rtn"},
         "act_order": solvers != {"rtn"},
         "alpha": "gptaq" in solvers,

@@ -34,6 +34,9 @@ def calibrate(
     vision: Annotated[
         str | None, typer.Option(help="Quantize the vision tower: w8g64, w4, rounded to nearest.")
     ] = None,
+    embeddings: Annotated[
+        str | None, typer.Option(help="Quantize the embeddings: w8g128, w4, rounded to nearest; a tied head too.")
+    ] = None,
     unfit: Annotated[
         str | None, typer.Option(help="Linears that the group size does not divide: error, ignore or group (smaller).")
     ] = None,
@@ -65,7 +68,7 @@ def calibrate(
     from vlmq_serve.calibrate.work import partial_folder
 
     given = {"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric}
-    parts = {"lm_head": lm_head, "vision": vision, "unfit": unfit}
+    parts = {"lm_head": lm_head, "vision": vision, "embeddings": embeddings, "unfit": unfit}
     settings: dict[str, Any] = {**given, **parts, "samples": samples, "seed": seed, "save_saliency": save_saliency}
     settings = {key: value for key, value in settings.items() if value is not None}
     chosen = load_recipe(recipe, **settings) if recipe else make_recipe(**settings)
@@ -97,6 +100,7 @@ def _plan_table(plan: "Plan", recipe: "Recipe", output: Path, data: Path | None)
         "linears": _schemes_and_sizes(plan.linears),
         "vision": _schemes_and_sizes(plan.vision),
         "lm_head": _schemes_and_sizes([plan.head] if plan.head else []),
+        "embeddings": _schemes_and_sizes([plan.embeddings] if plan.embeddings else []),
         "left alone": "\n".join(_left_alone(plan)) or "-",
         "without effect": ", ".join(unused_settings(recipe)),
         "data": f"{data}, up to {recipe.samples} chats" if recipe.needs_data else "not needed",

@@ -7,6 +7,8 @@
 | `X.zeros` uint8 [N, K/G] | `X.weight_zero_point` int32 [N*b/32, K/G] | packed along N |
 | - | `X.weight_shape` int64 [2] | N and K |
 
+Embeddings are dequantized: vLLM's method for this form has none.
+
 They count codes and zero points from -2^(b-1) and store them from 0, so that the stored numbers are ours.
 """
 
@@ -35,9 +37,10 @@ from vlmq_serve.format.headers import (
     read_tensor_index,
     shard_files,
 )
-from vlmq_serve.format.names import HEAD, fused_groups, part_of_model
+from vlmq_serve.format.names import EMBEDDINGS, HEAD, fused_groups, part_of_model
 from vlmq_serve.format.packing import pack_codes
 from vlmq_serve.format.scheme import CODES_PER_BLOCK, WORD_BITS, Scheme
+from vlmq_serve.format.weight import PackedWeight
 
 _REPORT_FOLDER = "vlmq"
 _HEAD_TARGET = f"re:.*{HEAD}"
@@ -78,7 +81,7 @@ def _read(source: Path, config: Mapping[str, Any]) -> tuple[QuantizationSpec, di
     problems = find_problems(tensors, spec) + config_problems(tensors, spec, config)
     if problems:
         raise VLMQError(f"{source}: {problems[0]}; `vlmq verify` lists everything")
-    modules = quantized_modules(tensors)
+    modules = _linears(tensors)
     for module in modules:
         rows, scheme = tensors[f"{module}.qweight"].shape[0], spec.scheme_for(module)
         if rows % CODES_PER_BLOCK and scheme is not None and not scheme.symmetric:
@@ -95,7 +98,7 @@ def quantization_config(spec: QuantizationSpec, tensors: Mapping[str, TensorInfo
     The commonest scheme is that of every `Linear` which no other group names and `ignore` does not hold. Every plain
     linear is named in `ignore`: none can be missed.
     """
-    modules = quantized_modules(tensors)
+    modules = _linears(tensors)
     by_scheme: dict[Scheme, list[str]] = {}
     for module in modules:
         scheme = spec.scheme_for(module)
@@ -107,6 +110,7 @@ def quantization_config(spec: QuantizationSpec, tensors: Mapping[str, TensorInfo
         targets = ["Linear"] if scheme == common else [_target(name) for name in _with_fused(members)]
         groups[f"group_{index}"] = {"targets": targets, "weights": _weights(scheme)}
     plain = {n.removesuffix(".weight") for n, i in tensors.items() if n.endswith(".weight") and len(i.shape) > 1}
+    plain |= {name for name in quantized_modules(tensors) if part_of_model(name) == EMBEDDINGS}
     plain -= set(modules)
     head = [] if any(part_of_model(name) == HEAD for name in modules) else [_HEAD_TARGET]
     return {
@@ -122,6 +126,10 @@ def _with_fused(names: Iterable[str]) -> list[str]:
     """`names` and the layers that vLLM fuses them into. Not every model class says what it fuses: LLaVA-OneVision's
     does not for q, k and v of its tower."""
     return sorted({*names, *fused_groups(names)})
+
+
+def _linears(tensors: Mapping[str, TensorInfo]) -> list[str]:
+    return [name for name in quantized_modules(tensors) if part_of_model(name) != EMBEDDINGS]
 
 
 def _target(name: str) -> str:
@@ -171,7 +179,11 @@ def _convert_shard(path: Path, spec: QuantizationSpec) -> dict[str, Tensor]:
     for module, tensors in linears.items():
         scheme = spec.scheme_for(module)
         assert scheme is not None  # the checkpoint was checked
-        converted.update(convert_linear(module, tensors, scheme))
+        if part_of_model(module) == EMBEDDINGS:
+            weight = PackedWeight(tensors["qweight"], tensors["scales"], tensors.get("zeros"), scheme)
+            converted[f"{module}.weight"] = weight.dequantize(weight.scales.dtype)
+        else:
+            converted.update(convert_linear(module, tensors, scheme))
     return converted
 
 

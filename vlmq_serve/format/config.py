@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlmq_serve.format.errors import VLMQError
-from vlmq_serve.format.names import fused_groups, is_under
+from vlmq_serve.format.names import EMBEDDINGS, fused_groups, is_under, part_of_model
 from vlmq_serve.format.scheme import Scheme
 
 QUANT_METHOD = "vlmq"
@@ -38,11 +38,15 @@ class QuantizationSpec:
         """Scheme of the linear `name`, or None where it is left unquantized.
 
         An ignore entry or an override holds for the module of that name and all modules below it; names may leave
-        leading parents out. The longest override that fits wins.
+        leading parents out. The longest override that fits wins. Embeddings are no linear: they have a scheme only
+        where an override names them.
         """
         if any(is_under(name, entry) for entry in self.ignore):
             return None
         fitting = [entry for entry in self.overrides if is_under(name, entry)]
+        if part_of_model(name) == EMBEDDINGS:
+            fitting = [entry for entry in fitting if part_of_model(entry) == EMBEDDINGS]
+            return self.overrides[max(fitting, key=len)] if fitting else None
         return self.overrides[max(fitting, key=len)] if fitting else self.scheme
 
     def check_fused(self, names: Iterable[str]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from vlmq_serve.format.config import QuantizationSpec
 from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.format.headers import TensorInfo, quantized_modules
-from vlmq_serve.format.names import fused_groups, is_under
+from vlmq_serve.format.names import EMBEDDINGS, HEAD, fused_groups, is_under, part_of_model
 
 FLOATS = ("BF16", "F16", "F32")
 EXPERTS = ".experts."
@@ -79,14 +79,14 @@ def _unused(tensors: Mapping[str, TensorInfo], modules: list[str], spec: Quantiz
 
 
 def _tied_head(modules: list[str], config: Mapping[str, Any]) -> list[str]:
-    heads = [module for module in modules if module.rpartition(".")[2] == "lm_head"]
+    heads = [module for module in modules if part_of_model(module) in (HEAD, EMBEDDINGS)]
     parts = {"config.json": config, "text_config": config.get("text_config") or {}}
     tied = [name for name, part in parts.items() if part.get("tie_word_embeddings")]
     if not heads or not tied:
         return []
     return [
-        f"{heads[0]}: is quantized, but tie_word_embeddings is true in {' and '.join(tied)}, so vLLM would use the "
-        "embeddings instead; write tie_word_embeddings false in both places"
+        f"{heads[0]}: is quantized, but tie_word_embeddings is true in {' and '.join(tied)}, so vLLM would use one "
+        "weight for head and embeddings; write tie_word_embeddings false in both places"
     ]
 
 

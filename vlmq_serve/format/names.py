@@ -9,14 +9,17 @@ FUSED = {
 VISION_PARTS = ("visual", "vision_tower", "vision_model")
 """A part of the name of everything in a vision tower."""
 HEAD = "lm_head"
+EMBEDDINGS = "embeddings"
+"""The part of a model whose module, in every family, is called `embed_tokens`."""
+EMBEDDING_MODULE = "embed_tokens"
 
 
 def part_of_model(name: str) -> str:
-    """Where the linear `name` belongs: `vision`, `lm_head` or `decoder`."""
+    """Where the weight `name` belongs: `vision`, `lm_head`, `embeddings` or `decoder`."""
     parts = name.split(".")
     if any(part in VISION_PARTS for part in parts):
         return "vision"
-    return HEAD if parts[-1] == HEAD else "decoder"
+    return {HEAD: HEAD, EMBEDDING_MODULE: EMBEDDINGS}.get(parts[-1], "decoder")
 
 
 def kind_of(name: str) -> str:

@@ -58,8 +58,8 @@ def write_checkpoint(
 
     `changed` holds dense tensors that take the place of the source's by full name: norms and biases into which a
     method has folded scales. They are stored in the dtype of the source. `tied` maps a packed head that the source
-    lacks to the embeddings that it was made from, which stay as they are. With a packed head, config.json says that
-    nothing is tied.
+    lacks to the embeddings that it was made from, which stay unless they are packed as well. With a packed head,
+    config.json says that nothing is tied.
 
     `packed` maps linear names as they stand in the source (`X` for the tensor `X.weight`); it may load lazily, one
     shard's worth is held at a time. Files other than weights and config.json are copied byte for byte; a `report`
@@ -151,15 +151,19 @@ def _write_shard(
     """Write one shard and note its tensors in `weight_map`; returns the bytes of its tensors."""
     infos, metadata = read_header(path)
     tensors: dict[str, torch.Tensor] = {}
-    made_from = {tied.get(name, f"{name}.weight"): name for name in packed}
+    # From the embeddings come the embeddings themselves, a tied head, or both.
+    made_from: dict[str, list[str]] = {}
+    for name in packed:
+        made_from.setdefault(tied.get(name, f"{name}.weight"), []).append(name)
     with safe_open(path, framework="pt") as shard:
         for key in infos:
-            if key in made_from:
-                weight = packed[made_from[key]]
+            names = made_from.get(key, [])
+            for name in names:
+                weight = packed[name]
                 if infos[key].shape != weight.shape:
                     raise VLMQError(f"{key}: source shape {infos[key].shape}, quantized shape {weight.shape}")
-                tensors.update(weight.tensors(made_from[key]))
-            if key not in made_from or made_from[key] in tied:
+                tensors.update(weight.tensors(name))
+            if set(names) <= set(tied):
                 tensors[key] = shard.get_tensor(key)
                 if key in changed:
                     tensors[key] = changed[key].to(tensors[key].dtype)

@@ -7,17 +7,18 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
 
 from vlmq_serve import __version__
 from vlmq_serve.format.config import QUANT_METHOD, QuantizationSpec
 from vlmq_serve.format.errors import VLMQError
-from vlmq_serve.format.names import fused_members
+from vlmq_serve.format.names import EMBEDDINGS, fused_members, part_of_model
 from vlmq_serve.format.scheme import Scheme
 from vlmq_serve.kernels import tables
 from vlmq_serve.kernels.choice import available_paths
+from vlmq_serve.quant_methods.embedding import VLMQEmbeddingMethod
 from vlmq_serve.quant_methods.inventory import Inventory, read_inventory
 from vlmq_serve.quant_methods.linear import VLMQLinearMethod
 from vlmq_serve.quant_methods.names import map_spec, names_in_vllm
@@ -101,17 +102,21 @@ class VLMQConfig(QuantizationConfig):
             self.inventory = Inventory(modules, self.inventory.scales_dtype)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """A method for every linear and for lm_head; None leaves embeddings and attention to vLLM."""
+        """A method for every linear, for lm_head and for embeddings that are quantized; None leaves a layer to vLLM."""
         if "Experts" in type(layer).__name__ or "FusedMoE" in type(layer).__name__:
             self._refuse_experts(prefix)
             return None
         is_linear = isinstance(layer, LinearBase)
-        if not is_linear and not isinstance(layer, ParallelLMHead):
+        is_head = isinstance(layer, ParallelLMHead)
+        is_table = isinstance(layer, VocabParallelEmbedding) and part_of_model(prefix) == EMBEDDINGS
+        if not (is_linear or is_head or is_table):
             return None
         scheme = self.scheme_of(prefix)
         if scheme is None:
             return UnquantizedLinearMethod() if is_linear else None
         scales_dtype = self.inventory.scales_dtype if self.inventory else None
+        if is_table:
+            return VLMQEmbeddingMethod(scheme, prefix, scales_dtype)
         return VLMQLinearMethod(scheme, prefix, scales_dtype, self.backend, self.kernel)
 
     def scheme_of(self, prefix: str) -> Scheme | None:

@@ -57,34 +57,12 @@ class VLMQLinearMethod(LinearMethodBase):
     ) -> None:
         """Allocate the checkpoint tensors, filled with values that no checkpoint holds (see `loading`)."""
         check_split(self.prefix, self.scheme, input_size, input_size_per_partition)
-        shapes = tensor_shapes(self.scheme, sum(output_partition_sizes), input_size_per_partition)
-        loader = extra["weight_loader"]
-        qweight = PackedvLLMParameter(
-            data=torch.full(shapes["qweight"], UNLOADED_WORD, dtype=torch.int32),
-            input_dim=1,
-            output_dim=0,
-            packed_dim=1,
-            packed_factor=Fraction(WORD_BITS, self.scheme.bits),
-            weight_loader=loader,
-        )
-        _set_dummy_value(qweight, 0)
-        layer.register_parameter("qweight", qweight)
-        scales = torch.full(shapes["scales"], float("nan"), dtype=self.scales_dtype or params_dtype)
-        layer.register_parameter("scales", self._group_parameter(scales, loader))
-        if "zeros" in shapes:
-            zeros = self._group_parameter(torch.full(shapes["zeros"], UNLOADED_BYTE, dtype=torch.uint8), loader)
-            _set_dummy_value(zeros, self.scheme.mid_code)
-            layer.register_parameter("zeros", zeros)
+        rows, dtype = sum(output_partition_sizes), self.scales_dtype or params_dtype
+        create_packed_weights(layer, self.scheme, rows, input_size_per_partition, dtype, extra["weight_loader"])
         self.params_dtype = params_dtype
         self.partitions = list(output_partition_sizes)
         self.in_features = input_size_per_partition
         self.full = (input_size, output_size)
-
-    def _group_parameter(self, data: torch.Tensor, loader: Any) -> Parameter:
-        """[N, K/G], split along K with the layer; a whole-row group belongs to every part of the row."""
-        if self.scheme.group_size == -1:
-            return ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=loader)
-        return GroupQuantScaleParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Check that everything was loaded, repack for the kernel of the layer's device, drop what was loaded."""
@@ -124,6 +102,36 @@ class VLMQLinearMethod(LinearMethodBase):
             self.path,
         )
         return y if bias is None else y + bias
+
+
+def create_packed_weights(
+    layer: torch.nn.Module, scheme: Scheme, rows: int, cols: int, scales_dtype: torch.dtype, loader: Any
+) -> None:
+    """Parameters of `layer` for a packed weight [rows, cols] in checkpoint layout, as `loading` wants them before."""
+    shapes = tensor_shapes(scheme, rows, cols)
+    qweight = PackedvLLMParameter(
+        data=torch.full(shapes["qweight"], UNLOADED_WORD, dtype=torch.int32),
+        input_dim=1,
+        output_dim=0,
+        packed_dim=1,
+        packed_factor=Fraction(WORD_BITS, scheme.bits),
+        weight_loader=loader,
+    )
+    _set_dummy_value(qweight, 0)
+    layer.register_parameter("qweight", qweight)
+    scales = torch.full(shapes["scales"], float("nan"), dtype=scales_dtype)
+    layer.register_parameter("scales", _group_parameter(scheme, scales, loader))
+    if "zeros" in shapes:
+        zeros = _group_parameter(scheme, torch.full(shapes["zeros"], UNLOADED_BYTE, dtype=torch.uint8), loader)
+        _set_dummy_value(zeros, scheme.mid_code)
+        layer.register_parameter("zeros", zeros)
+
+
+def _group_parameter(scheme: Scheme, data: torch.Tensor, loader: Any) -> Parameter:
+    """[N, K/G], split along K with the layer; a whole-row group belongs to every part of the row."""
+    if scheme.group_size == -1:
+        return ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=loader)
+    return GroupQuantScaleParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)
 
 
 def _set_dummy_value(parameter: Any, value: int) -> None:

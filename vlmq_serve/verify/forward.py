@@ -8,6 +8,7 @@ import torch
 from vlmq_serve import kernels
 from vlmq_serve.format.config import QuantizationSpec
 from vlmq_serve.format.headers import TensorInfo, quantized_modules
+from vlmq_serve.format.names import EMBEDDINGS, part_of_model
 from vlmq_serve.format.scheme import SUFFIXES
 from vlmq_serve.format.shards import read_tensors
 from vlmq_serve.format.weight import PackedWeight
@@ -19,8 +20,11 @@ _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 def pick_linears(tensors: Mapping[str, TensorInfo], spec: QuantizationSpec) -> list[str]:
-    """All quantized linears of the first layer that has any, and the first of every scheme that this leaves out."""
-    modules = quantized_modules(tensors)
+    """All quantized linears of the first layer that has any, and the first of every scheme that this leaves out.
+
+    Embeddings are looked up, not multiplied: what serves them is the reference.
+    """
+    modules = [name for name in quantized_modules(tensors) if part_of_model(name) != EMBEDDINGS]
     first = modules[0].rpartition(".")[0]
     layer = first.rpartition(".")[0] if ".layers." in first else first
     chosen = [module for module in modules if module.startswith(f"{layer}.")] or modules[:1]

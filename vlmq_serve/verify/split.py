@@ -13,7 +13,7 @@ from vlmq_serve.quant_methods.loading import check_split
 COMMON_RANKS = (1, 2, 4, 8)
 ROW_PARALLEL = ("o_proj", "down_proj", "out_proj", "fc2", "proj", "linear_fc2", "mlp.2")
 """Last parts of the names of the layers that vLLM cuts along K; all others are cut between output rows."""
-SHARED = ("k_proj", "v_proj", "lm_head")
+SHARED = ("k_proj", "v_proj", "lm_head", "embed_tokens")
 """k and v are copied where there are fewer heads than ranks; the vocabulary is padded to what divides."""
 
 
