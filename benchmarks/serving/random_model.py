@@ -3,10 +3,10 @@
     python -m benchmarks.serving.random_model OUT --size 2b
 
 Writes OUT/bf16 and, rounded to nearest, OUT/w4, OUT/w3 and OUT/w2; with `--parts w8` instead OUT/w4-all and so on, with
-head and vision tower at 8 bits. What is there already stays. Sizes 2b and 7b are those of the Hub's Qwen2-VL with its
-vision tower; 0.5b is Qwen2-0.5B's decoder with 32,000 words and the tiny vision tower of the example model, so that
-the decoder is most of it. Tokenizer and processor are those of the example model, with more words. One layer is in
-memory at a time.
+head, embeddings and vision tower at 8 bits. What is there already stays. Sizes 2b and 7b are those of the Hub's
+Qwen2-VL with its vision tower; 0.5b is Qwen2-0.5B's decoder with 32,000 words and the tiny vision tower of the example
+model, so that the decoder is most of it. Tokenizer and processor are those of the example model, with more words. One
+layer is in memory at a time.
 """
 
 import argparse
@@ -38,12 +38,12 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--size", choices=[*SIZES], default="0.5b")
     parser.add_argument("--bits", type=int, nargs="*", default=[4, 3, 2])
-    parser.add_argument("--parts", default="", help="Scheme of head and vision tower too: w8; adds -all to the names.")
+    parser.add_argument("--parts", default="", help="Scheme of the other parts too: w8; adds -all to the names.")
     options = parser.parse_args()
     source = options.out / "bf16"
     if not source.exists():
         write_random_model(source, SIZES[options.size])
-    parts = {"lm_head": options.parts, "vision": options.parts} if options.parts else {}
+    parts = dict.fromkeys(("lm_head", "embeddings", "vision"), options.parts) if options.parts else {}
     for bits in options.bits:
         target = options.out / (f"w{bits}-all" if parts else f"w{bits}")
         if not target.exists():
@@ -70,17 +70,21 @@ def write_random_model(folder: Path, size: Size) -> None:
     staging.rename(folder)
 
 
-def _shards(folder: Path, size: Size) -> Iterator[tuple[str, dict[str, torch.Size]]]:
-    """File names, and the tensors in each: a decoder layer, the vision tower, everything else."""
+def shapes_of(folder: Path, size: Size) -> dict[str, torch.Size]:
+    """Names and shapes of all tensors of the model that config.json in `folder` describes."""
     with torch.device("meta"):
         model = transformers.Qwen2VLForConditionalGeneration(transformers.AutoConfig.from_pretrained(folder))
+    tied = {"lm_head.weight"} if size.tied else set()
+    return {name: tensor.shape for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def _shards(folder: Path, size: Size) -> Iterator[tuple[str, dict[str, torch.Size]]]:
+    """File names, and the tensors in each: a decoder layer, the vision tower, everything else."""
     files: dict[str, dict[str, torch.Size]] = {}
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and size.tied:
-            continue
+    for name, shape in shapes_of(folder, size).items():
         part = name.removeprefix(LAYERS).partition(".")[0].zfill(2) if name.startswith(LAYERS) else "others"
         part = "vision" if ".visual." in name else part
-        files.setdefault(f"model-{part}.safetensors", {})[name] = tensor.shape
+        files.setdefault(f"model-{part}.safetensors", {})[name] = shape
     yield from files.items()
 
 

@@ -8,8 +8,11 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from benchmarks.serving import checkpoint_sizes
 from benchmarks.serving.random_model import TINY, write_random_model
 from benchmarks.serving.sizes import SIZES
+from vlmq_serve.calibrate.pipeline import calibrate
+from vlmq_serve.calibrate.recipe import make_recipe
 from vlmq_serve.format.headers import read_tensor_index
 
 pytestmark = pytest.mark.unit
@@ -40,3 +43,18 @@ def test_a_random_model_is_whole_and_the_same_every_time(tmp_path: Path) -> None
         assert all(torch.equal(first[key], second[key]) for key in first)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "a")
     assert all(tokenizer.decode([index]) for index in range(SIZES["mini"].vocabulary))
+
+
+def test_sizes_from_shapes_are_those_of_the_files(tmp_path: Path) -> None:
+    write_random_model(tmp_path / "source", SIZES["mini"])
+    rows = {row["variant"]: row for row in checkpoint_sizes.sizes("mini")}
+    assert rows["bf16"]["bytes"] == weights(tmp_path / "source")
+    for name, bits, parts in (checkpoint_sizes.VARIANTS[1], checkpoint_sizes.VARIANTS[-1]):
+        recipe = make_recipe(method="rtn", bits=bits, group_size=128, **parts)
+        calibrate(tmp_path / "source", tmp_path / name, None, recipe)
+        assert rows[name]["bytes"] == weights(tmp_path / name)
+    assert rows["w2-all"]["times_smaller"] > rows["w2"]["times_smaller"] > 1
+
+
+def weights(folder: Path) -> int:
+    return sum(info.nbytes for info in read_tensor_index(folder).values())
