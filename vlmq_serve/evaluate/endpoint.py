@@ -1,12 +1,16 @@
 """Answers from an OpenAI-compatible endpoint, such as `vllm serve`."""
 
 import base64
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from vlmq_serve.calibrate.chats import Chat
 from vlmq_serve.format.errors import VLMQError
+
+API_KEY = "OPENAI_API_KEY"
+"""The environment variable that the openai package reads too; servers without a key take whatever is sent."""
 
 _SIGNATURES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"RIFF": "webp", b"GIF8": "gif"}
 
@@ -33,14 +37,19 @@ def _content(content: Any, images: Iterator[bytes]) -> Any:
 
 
 def connect(base_url: str) -> tuple[Any, str]:
-    """An OpenAI client and the name of the model that the endpoint serves; `VLMQError` when nobody answers."""
+    """An OpenAI client and the name of the model that the endpoint serves; `VLMQError` when nobody answers.
+
+    The key is that of the environment variable `OPENAI_API_KEY`, for servers started with `--api-key`.
+    """
     try:
         import openai
     except ImportError:
         raise VLMQError("openai: package not installed; pip install 'vlmq-serve[eval]'") from None
-    client = openai.OpenAI(base_url=base_url, api_key="none", timeout=300, max_retries=2)
+    client = openai.OpenAI(base_url=base_url, api_key=os.environ.get(API_KEY) or "none", timeout=300, max_retries=2)
     try:
         models = client.models.list().data
+    except openai.AuthenticationError:
+        raise _wrong_key(base_url) from None
     except openai.OpenAIError as error:
         raise VLMQError(
             f"{base_url}: no OpenAI-compatible answer ({error}); is the server up, does the URL end in /v1?"
@@ -48,6 +57,12 @@ def connect(base_url: str) -> tuple[Any, str]:
     if not models:
         raise VLMQError(f"{base_url}: serves no model")
     return client, models[0].id
+
+
+def _wrong_key(where: str) -> VLMQError:
+    """Without the server's own words, which may repeat the key."""
+    state = "holds another" if os.environ.get(API_KEY) else "is not set"
+    return VLMQError(f"{where}: the server asks for its API key (401); the environment variable {API_KEY} {state}")
 
 
 def ask(client: Any, model: str, chat: Chat, max_new_tokens: int = 32) -> str:
@@ -58,6 +73,8 @@ def ask(client: Any, model: str, chat: Chat, max_new_tokens: int = 32) -> str:
         reply = client.chat.completions.create(
             model=model, messages=openai_messages(chat), max_tokens=max_new_tokens, temperature=0
         )
+    except openai.AuthenticationError:
+        raise _wrong_key(chat.where) from None
     except openai.OpenAIError as error:
         raise VLMQError(f"{chat.where}: no answer from the server ({' '.join(str(error).split())[:200]})") from None
     return str(reply.choices[0].message.content or "").strip()
