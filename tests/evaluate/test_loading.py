@@ -1,12 +1,18 @@
 """A dequantized checkpoint answers under the same rules as its source."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 from vlmq_serve.calibrate.pipeline import calibrate
 from vlmq_serve.calibrate.recipe import make_recipe
 from vlmq_serve.evaluate.loading import load_model
+from vlmq_serve.evaluate.run import evaluate_chats, read_evaluation
+from vlmq_serve.evaluate.simulation import load_simulated
+from vlmq_serve.export.compressed_tensors import export_compressed_tensors
+from vlmq_serve.verify.finding import Level
+from vlmq_serve.verify.run import verify
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny-qwen2vl"
 
@@ -20,3 +26,21 @@ def test_generation_settings_are_those_of_the_source(tmp_path):
     plain, quantized = (load_model(folder).generation_config for folder in (source, tmp_path / "out"))
     for key, value in settings.items():
         assert getattr(plain, key) == getattr(quantized, key) == value
+
+
+def test_paths_may_be_strings_everywhere(tmp_path):
+    """What a notebook calls: each of these has failed with an attribute that a string lacks."""
+    data, out, exported = (os.fspath(tmp_path / name) for name in ("chats.jsonl", "out", "exported"))
+    messages = [{"role": "user", "content": "Colour?"}, {"role": "assistant", "content": "red"}]
+    Path(data).write_text(json.dumps({"messages": messages}) + "\n")
+    recipe = make_recipe(method="gptq", bits=4, group_size=64, samples=1, allow_text_only=True, device="cpu")
+    report = calibrate(os.fspath(TINY), out, data, recipe)
+    assert report.out == Path(out)
+    assert next(verify(out)).level == Level.OK
+    assert load_simulated(out).lm_head.weight.equal(load_model(out).lm_head.weight)
+    export_compressed_tensors(out, exported)
+    assert (Path(exported) / "config.json").is_file()
+    result = evaluate_chats("constant", data, lambda chats: iter(["red"] * len(chats)))
+    assert result.data == "chats.jsonl"
+    (tmp_path / "w4.json").write_text(json.dumps(result.to_json()))
+    assert read_evaluation(os.fspath(tmp_path / "w4.json")) == result

@@ -31,8 +31,8 @@ from vlmq_serve.format.errors import VLMQError
 
 def calibrate(
     model: str | Path,
-    out: Path,
-    data: Path | None,
+    out: str | Path,
+    data: str | Path | None,
     recipe: Recipe,
     *,
     resume: bool = False,
@@ -46,6 +46,7 @@ def calibrate(
     same. `out` must not exist unless `overwrite`. Bad input is a `VLMQError` and leaves nothing behind.
     """
     started = perf_counter()
+    out, data = Path(out), None if data is None else Path(data)
     shown = progress or SilentProgress()
     plan = make_plan(model, recipe)
     _check_output(out, plan, overwrite)

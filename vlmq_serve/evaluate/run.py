@@ -66,10 +66,10 @@ class Evaluation:
         }
 
 
-def read_evaluation(path: Path) -> Evaluation:
+def read_evaluation(path: str | Path) -> Evaluation:
     """Read what `vlmq eval --output` wrote."""
     try:
-        raw: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        raw: Mapping[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
         lists = {key: tuple(raw[key]) for key in ("tasks", "expected", "answers")}
         return Evaluation(model=raw["model"], data=raw["data"], **lists)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -78,14 +78,14 @@ def read_evaluation(path: Path) -> Evaluation:
 
 def evaluate_chats(
     model: str,
-    data: Path,
+    data: str | Path,
     answer: Callable[[Sequence[Chat]], Iterator[str]],
     *,
     limit: int | None = None,
     on_answer: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Ask `answer` all chats of `data` (the first `limit`); `on_answer(done, total)` follows each one."""
-    chats = read_chats(data)[:limit]
+    chats = read_chats(Path(data))[:limit]
     answers = []
     for text in answer(chats):
         answers.append(text)
@@ -93,7 +93,7 @@ def evaluate_chats(
             on_answer(len(answers), len(chats))
     return Evaluation(
         model=model,
-        data=data.name,
+        data=Path(data).name,
         tasks=tuple(chat.task or "all" for chat in chats),
         expected=tuple(chat.answer for chat in chats),
         answers=tuple(answers),

@@ -25,9 +25,10 @@ def activation_scheme(folder: Path) -> ActivationScheme | None:
     return None if spec is None or bits is None else ActivationScheme(bits, spec.settings["activation_range"])
 
 
-def load_simulated(folder: Path) -> Any:
+def load_simulated(folder: str | Path) -> Any:
     """`loading.load_model` in fp32, with fake quantization of what the quantized linears read, and of the vision
     tower where the calibration has simulated it."""
+    folder = Path(folder)
     model = load_model(folder)
     scheme = activation_scheme(folder)
     if scheme is None:

@@ -46,11 +46,12 @@ _REPORT_FOLDER = "vlmq"
 _HEAD_TARGET = f"re:.*{HEAD}"
 
 
-def export_compressed_tensors(source: Path, out: Path) -> None:
+def export_compressed_tensors(source: str | Path, out: str | Path) -> None:
     """Write `out` from the vlmq checkpoint `source`; nothing is left of `out` when it fails.
 
     Raises `VLMQError` for a faulty checkpoint and for rows that do not fill packed words.
     """
+    source, out = Path(source), Path(out)
     config = read_json(source / "config.json")
     spec, tensors = _read(source, config)
     if out.exists():

@@ -15,8 +15,9 @@ from vlmq_serve.verify.split import COMMON_RANKS, split_problems
 from vlmq_serve.verify.vllm_rules import check_with_vllm
 
 
-def verify(folder: Path, ranks: int = 1, on_tensor: Callable[[str], None] = lambda _: None) -> Iterator[Finding]:
+def verify(folder: str | Path, ranks: int = 1, on_tensor: Callable[[str], None] = lambda _: None) -> Iterator[Finding]:
     """Findings of the checkpoint `folder`, to be served on `ranks` ranks; never raises for a faulty checkpoint."""
+    folder = Path(folder)
     try:
         raw = read_json(folder / "config.json").get("quantization_config")
         if raw is None:
