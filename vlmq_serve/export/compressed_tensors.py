@@ -86,9 +86,11 @@ def _read(source: Path, config: Mapping[str, Any]) -> tuple[QuantizationSpec, di
     for module in modules:
         rows, scheme = tensors[f"{module}.qweight"].shape[0], spec.scheme_for(module)
         if rows % CODES_PER_BLOCK and scheme is not None and not scheme.symmetric:
+            # --symmetric would pass here, but vLLM's W4 kernel for CPUs wants whole blocks of rows in any case.
+            remedy = "without --vision" if part_of_model(module) == "vision" else "with --symmetric (for GPUs)"
             raise VLMQError(
                 f"{module}: {rows} rows do not divide by {CODES_PER_BLOCK}, so packed zero points do not fit; "
-                "calibrate with --symmetric, or serve the checkpoint with vlmq"
+                f"calibrate {remedy}, or serve the checkpoint with vlmq"
             )
     return spec, tensors
 
