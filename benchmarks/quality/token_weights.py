@@ -119,7 +119,8 @@ def _prepare(
 ) -> tuple[Streams, list[LayerSignals]]:
     recipe, adapter, device = plan.recipe, plan.adapter, choose_device(plan.recipe)
     chats = load_data(data, recipe)
-    feed = SampleFeed(load_processor(plan.source), chats, adapter.image_token_id(model.config), recipe.max_tokens)
+    image_token = adapter.image_token_id(model.config)
+    feed = SampleFeed(load_processor(plan.source), chats, image_token, recipe.max_tokens, recipe.max_pixels)
     gradients = AnswerGradients(model, layers, adapter.linears, device) if recipe.needs_answer_gradients else None
     progress.stage("read images and questions", len(chats.chats))
     watch = gradients.add if gradients else None

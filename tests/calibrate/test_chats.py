@@ -135,3 +135,31 @@ def test_transparent_parts_are_white(tmp_path, mode):
     assert seen.mode == "RGB"
     assert seen.getpixel((1, 4)) == (255, 255, 255)
     assert seen.getpixel((6, 4)) == ((80, 80, 80) if mode == "LA" else (255, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("size", "limit", "expected"),
+    [
+        ((400, 300), None, (400, 300)),
+        ((400, 300), 120_000, (400, 300)),
+        ((400, 300), 119_999, (399, 299)),
+        ((4000, 3000), 1_000_000, (1154, 866)),
+        ((5000, 1), 1024, (2262, 1)),
+    ],
+)
+def test_large_images_are_scaled_down_and_small_ones_left_alone(tmp_path, size, limit, expected):
+    Image.new("RGB", size, (255, 0, 0)).save(tmp_path / "a.png")
+    ((seen,),) = [chat.images(limit) for chat in read_chats(write(tmp_path, line("a.png")))]
+    assert seen.size == expected
+    assert seen.getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_scaling_comes_after_turning_and_the_white_ground(tmp_path):
+    photo = Image.new("RGBA", (64, 32))
+    photo.paste((255, 0, 0, 255), (0, 0, 32, 32))
+    exif = Image.Exif()
+    exif[Image.ExifTags.Base.Orientation] = 6
+    photo.save(tmp_path / "photo.png", exif=exif)
+    ((seen,),) = [chat.images(16 * 32) for chat in read_chats(write(tmp_path, line("photo.png")))]
+    assert seen.size == (16, 32)
+    assert [seen.getpixel((8, y)) for y in (4, 28)] == [(255, 0, 0), (255, 255, 255)]

@@ -25,6 +25,7 @@ def test_yaml_with_overrides_and_options_that_win(tmp_path):
         ({"percdamp": 0}, "percdamp: got 0"),
         ({"overrides": {"q_proj": "w9g3"}}, "bits: got 9"),
         ({"samples": 0}, "samples: got 0"),
+        ({"max_pixels": 1000}, "max_pixels: got 1000.* 1024"),
         ({"exponent": 3}, "exponent: got 3"),
     ],
 )
@@ -65,7 +66,7 @@ def test_residual_follows_the_paper(method, base, bits, expected):
         ({"method": "awq", "percdamp": 0.1, "act_order": False}, ["act_order", "percdamp"]),
         ({"method": "awq", "percdamp": 0.1, "act_order": False, "lm_head": "w8"}, []),
         ({"method": "qvlm", "vision_epochs": 3, "activation_range": "tensor"}, ["activation_range", "vision_epochs"]),
-        ({"method": "rtn", "samples": 9}, []),
+        ({"method": "rtn", "samples": 9, "max_pixels": 5000}, []),
         ({"method": "qvlm", "grid": "mse"}, ["grid"]),
         ({"method": "qvlm", "grid": "mse", "vision": "w8"}, []),
     ],

@@ -5,6 +5,7 @@ import binascii
 import hashlib
 import io
 import json
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -46,10 +47,10 @@ class Chat:
         """Encoded images in order; a missing or undecodable source is a `VLMQError`."""
         return [_read_source(source, self) for source in self.image_sources]
 
-    def images(self) -> list[Image.Image]:
-        """Decoded RGB images in order, as vLLM would see them; a broken one is a `VLMQError`."""
+    def images(self, max_pixels: int | None = None) -> list[Image.Image]:
+        """Decoded RGB images in order, as vLLM would see them, or scaled down; a broken one is a `VLMQError`."""
         encoded = zip(self.image_bytes(), self.image_sources, strict=True)
-        return [_decode(data, source, self) for data, source in encoded]
+        return [scale_down(_decode(data, source, self), max_pixels) for data, source in encoded]
 
     def digest(self) -> str:
         """SHA-256 of messages and image bytes."""
@@ -80,6 +81,17 @@ def message_text(message: Mapping[str, Any]) -> str:
     if isinstance(content, str):
         return content
     return "".join(part["text"] for part in content if part["type"] == "text")
+
+
+def scale_down(image: Image.Image, max_pixels: int | None) -> Image.Image:
+    """`image`, or where it has more than `max_pixels` a smaller one of the same aspect ratio."""
+    pixels = image.width * image.height
+    if max_pixels is None or pixels <= max_pixels:
+        return image
+    factor = math.sqrt(max_pixels / pixels)
+    # Rounded down, so that the limit holds.
+    size = max(1, int(image.width * factor)), max(1, int(image.height * factor))
+    return image.resize(size, Image.Resampling.BICUBIC)
 
 
 def _parse(line: str, path: Path, number: int) -> Chat:

@@ -34,20 +34,22 @@ def load_data(path: Path, recipe: Recipe) -> CalibrationData:
 
 @dataclass
 class SampleFeed:
-    """Samples one after the other; notes what was dropped and what pictures of the first `keep` will need."""
+    """Samples one after the other, of images of at most `max_pixels`; notes what was dropped and what pictures of the
+    first `keep` will need."""
 
     processor: Any
     data: CalibrationData
     image_token_id: int
     max_tokens: int | None
+    max_pixels: int | None = None
     keep: int = 0
     dropped: int = 0
     grids: dict[int, Tensor] = field(default_factory=dict)
     modality: dict[int, Tensor] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[CalibrationSample]:
-        for sample in build_samples(self.processor, self.data.chats, self.image_token_id):
-            if self.max_tokens is not None and sample.length > self.max_tokens:
+        for sample in self._all():
+            if not self._fits(sample):
                 self.dropped += 1
                 continue
             if sample.index < self.keep and "image_grid_thw" in sample.inputs:
@@ -57,9 +59,18 @@ class SampleFeed:
 
     def first(self, count: int) -> list[CalibrationSample]:
         """The first samples that are not too long, outside of the count of what was dropped."""
-        samples = build_samples(self.processor, self.data.chats, self.image_token_id)
-        return list(islice((s for s in samples if self.max_tokens is None or s.length <= self.max_tokens), count))
+        return list(islice(filter(self._fits, self._all()), count))
+
+    def lengths(self) -> Iterator[int]:
+        """Tokens of the samples that are not too long, outside of that count too."""
+        return (sample.length for sample in self._all() if self._fits(sample))
 
     def kept_lines(self) -> dict[str, str]:
         """Where the samples of the pictures come from: sample number to file and line."""
         return {str(index): self.data.chats[index].where for index in self.grids}
+
+    def _all(self) -> Iterator[CalibrationSample]:
+        return build_samples(self.processor, self.data.chats, self.image_token_id, self.max_pixels)
+
+    def _fits(self, sample: CalibrationSample) -> bool:
+        return self.max_tokens is None or sample.length <= self.max_tokens

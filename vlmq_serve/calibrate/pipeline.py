@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from time import perf_counter
 
+import torch
 from torch import nn
 
 from vlmq_serve.calibrate.cross_entropy import AnswerGradients
@@ -23,6 +24,7 @@ from vlmq_serve.calibrate.rounded_parts import round_parts
 from vlmq_serve.calibrate.rounding import round_layers
 from vlmq_serve.calibrate.run import Run
 from vlmq_serve.calibrate.signals import LayerSignals, layer_signals
+from vlmq_serve.calibrate.stream_memory import available_bytes, judge_memory
 from vlmq_serve.calibrate.streams import Streams, capture_streams
 from vlmq_serve.calibrate.vision_clipping import simulate_vision
 from vlmq_serve.calibrate.work import WorkFolder
@@ -98,12 +100,14 @@ def _calibrate(run: Run, data: CalibrationData) -> list[LayerResult]:
         data,
         adapter.image_token_id(model.config),
         recipe.max_tokens,
+        recipe.max_pixels,
         recipe.save_saliency if recipe.method == "vlmq" else 0,
     )
     run.progress.advance()
     run.seconds["load"] = perf_counter() - started
-    run.progress.stage("read images and questions", len(data.chats))
     started = perf_counter()
+    _check_memory(run, feed, dtype)
+    run.progress.stage("read images and questions", len(data.chats))
     layers = adapter.decoder_layers(model)
     gradients = None
     if recipe.needs_answer_gradients:
@@ -127,10 +131,22 @@ def _calibrate(run: Run, data: CalibrationData) -> list[LayerResult]:
     return results + sorted(parts, key=lambda part: part.index)
 
 
+def _check_memory(run: Run, feed: SampleFeed, dtype: torch.dtype) -> None:
+    """Tokens are known once the processor has seen all images, which costs little beside the tower's work on them."""
+    run.progress.stage("count tokens", len(feed.data.chats))
+    lengths = []
+    for length in feed.lengths():
+        lengths.append(length)
+        run.progress.advance()
+    if not lengths:
+        raise VLMQError(f"max_tokens: got {feed.max_tokens}, all {len(feed.data.chats)} samples are longer; raise it")
+    remark = judge_memory(lengths, run.plan.linears[0].shape[1], dtype.itemsize, available_bytes())
+    if remark is not None:
+        run.note(remark)
+
+
 def _describe_data(run: Run, data: CalibrationData, feed: SampleFeed, streams: Streams) -> None:
     wanted = run.plan.recipe.samples
-    if not streams.batches:
-        raise VLMQError(f"max_tokens: got {feed.max_tokens}, all {feed.dropped} samples are longer; raise it")
     if len(data.chats) < wanted:
         run.note(f"the data file holds {data.available} chats, {wanted} samples were asked for: all, whatever the seed")
     if feed.dropped:

@@ -9,9 +9,10 @@ from vlmq_serve.calibrate.linear_plan import LinearPlan
 from vlmq_serve.calibrate.loading import choose_device, choose_dtype
 from vlmq_serve.calibrate.recipe import Recipe
 from vlmq_serve.calibrate.sources import taps_of
+from vlmq_serve.calibrate.stream_memory import stream_bytes
 from vlmq_serve.format.names import is_under
 
-_ASSUMED_TOKENS = 512
+_ASSUMED_TOKENS = 512  # known only once the images have been read; `stream_memory` checks those
 _RUNTIME_BYTES = 600 * 2**20  # Python with torch and transformers, measured
 
 
@@ -82,14 +83,19 @@ class Plan:
         return table
 
     @property
+    def assumed_tokens(self) -> int:
+        """Tokens of a sample in `estimated_bytes`."""
+        return self.recipe.max_tokens or _ASSUMED_TOKENS
+
+    @property
     def estimated_bytes(self) -> int:
-        """Rough peak memory: weights, both hidden-state streams (512 tokens a sample assumed), solver matrices."""
+        """Rough peak memory: weights, both hidden-state streams (of `assumed_tokens` a sample), solver matrices."""
         item = choose_dtype(self.recipe, choose_device(self.recipe)).itemsize
         source_item = self.linears[0].dtype.itemsize
         if not self.recipe.needs_data:
             return _RUNTIME_BYTES + 16 * max(linear.shape[0] * linear.shape[1] for linear in self.linears)
-        tokens = self.recipe.samples * (self.recipe.max_tokens or _ASSUMED_TOKENS)
-        streams = 2 * tokens * self.linears[0].shape[1] * item
+        tokens = self.recipe.samples * self.assumed_tokens
+        streams = stream_bytes(tokens, self.linears[0].shape[1], item)
         widest = max(linear.shape[1] for linear in self.linears)
         return _RUNTIME_BYTES + self.bytes_before * item // source_item + streams + 6 * 4 * widest**2
 

@@ -53,16 +53,20 @@ def choose_chats(chats: list[Chat], count: int, seed: int, allow_text_only: bool
     return chosen
 
 
-def build_samples(processor: Any, chats: Iterable[Chat], image_token_id: int) -> Iterator[CalibrationSample]:
+def build_samples(
+    processor: Any, chats: Iterable[Chat], image_token_id: int, max_pixels: int | None = None
+) -> Iterator[CalibrationSample]:
     """One sample per chat, in order, made when asked for (pixels of large images add up)."""
     for index, chat in enumerate(chats):
-        yield build_sample(processor, chat, image_token_id, index)
+        yield build_sample(processor, chat, image_token_id, index, max_pixels)
 
 
-def build_sample(processor: Any, chat: Chat, image_token_id: int, index: int = 0) -> CalibrationSample:
-    """Run the model's own chat template and processor over one chat."""
+def build_sample(
+    processor: Any, chat: Chat, image_token_id: int, index: int = 0, max_pixels: int | None = None
+) -> CalibrationSample:
+    """Run the model's own chat template and processor over one chat, its images scaled down to `max_pixels`."""
     text = render(processor, chat.messages)
-    inputs = dict(process(processor, [text], chat.images(), chat.where))
+    inputs = dict(process(processor, [text], chat.images(max_pixels), chat.where))
     encoded = processor.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
     spans = _answer_spans(processor, chat, text)
     plain = [

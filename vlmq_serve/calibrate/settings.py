@@ -10,6 +10,9 @@ from vlmq_serve.format.scheme import Scheme
 Method = Literal["rtn", "awq", "mbq", "tlq", "qvlm", "gptq", "gptaq", "vlmq"]
 ImportanceSource = Literal["attention", "attention_heads", "layer", "cross_entropy"]
 
+SMALLEST_IMAGE = 32 * 32
+"""Pixels that become one vision token of Qwen3-VL; of the other families' they are less."""
+
 
 class SchemeOverride(BaseModel):
     """Scheme of one module and those below it; what is not given is taken from the recipe."""
@@ -55,6 +58,12 @@ class Settings(BaseModel):
     seed: int = Field(0, description="of the draw")
     max_tokens: int | None = Field(
         None, ge=1, description="drop longer samples (never cut: vision tokens belong together)"
+    )
+    max_pixels: int | None = Field(
+        None,
+        ge=SMALLEST_IMAGE,
+        description="scale larger images down before the model's processor sees them, whose own limit stays as it is; "
+        "default: that limit alone",
     )
     allow_text_only: bool = Field(False, description="accept chats without an image")
     grid: Literal["minmax", "mse", "diagonal", "output"] = Field(

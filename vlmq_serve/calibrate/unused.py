@@ -6,7 +6,7 @@ ALWAYS_READ = frozenset(
     {
         "method", "bits", "group_size", "symmetric", "overrides", "lm_head", "vision", "embeddings", "unfit",
         "ignore", "base", "activation_bits", "simulated_vision", "device", "dtype",
-        "samples", "seed", "max_tokens", "allow_text_only", "batch_tokens",
+        "samples", "seed", "max_tokens", "max_pixels", "allow_text_only", "batch_tokens",
     }
 )  # fmt: skip
 """By every method, or refused by the recipe where they do not fit. Those about data count as read by rtn too."""

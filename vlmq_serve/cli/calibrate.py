@@ -42,6 +42,7 @@ def calibrate(
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Chats drawn from the data file (default 512).")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the draw (default 0).")] = None,
+    max_pixels: Annotated[int | None, typer.Option(help="Scale larger images down to this many pixels.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML file with all settings; options win over it.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     save_saliency: Annotated[
@@ -69,7 +70,8 @@ def calibrate(
 
     given = {"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric}
     parts = {"lm_head": lm_head, "vision": vision, "embeddings": embeddings, "unfit": unfit}
-    settings: dict[str, Any] = {**given, **parts, "samples": samples, "seed": seed, "save_saliency": save_saliency}
+    drawn = {"samples": samples, "seed": seed, "max_pixels": max_pixels, "save_saliency": save_saliency}
+    settings: dict[str, Any] = {**given, **parts, **drawn}
     settings = {key: value for key, value in settings.items() if value is not None}
     chosen = load_recipe(recipe, **settings) if recipe else make_recipe(**settings)
     if chosen.needs_data and data is None:
@@ -93,6 +95,7 @@ def calibrate(
 def _plan_table(plan: "Plan", recipe: "Recipe", output: Path, data: Path | None) -> Table:
     from vlmq_serve.calibrate.unused import unused_settings
 
+    assumed = f" with samples of {plan.assumed_tokens} tokens" if recipe.needs_data else ""
     table = Table(title="Plan", title_justify="left", show_header=False)
     rows = {
         "model": f"{plan.source} ({plan.adapter.model_type}, {plan.layers} decoder layers)",
@@ -105,7 +108,7 @@ def _plan_table(plan: "Plan", recipe: "Recipe", output: Path, data: Path | None)
         "without effect": ", ".join(unused_settings(recipe)),
         "data": f"{data}, up to {recipe.samples} chats" if recipe.needs_data else "not needed",
         "size": f"{human_bytes(plan.bytes_before)} -> {human_bytes(plan.bytes_after)}",
-        "memory": f"about {human_bytes(plan.estimated_bytes)}",
+        "memory": f"about {human_bytes(plan.estimated_bytes)}{assumed}",
         "output": str(output),
     }
     for key, value in rows.items():

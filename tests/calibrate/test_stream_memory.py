@@ -1,0 +1,74 @@
+import pytest
+
+from vlmq_serve.calibrate import pipeline
+from vlmq_serve.calibrate.recipe import make_recipe
+from vlmq_serve.calibrate.stream_memory import available_bytes, judge_memory, stream_bytes
+from vlmq_serve.format.errors import VLMQError
+from vlmq_serve.format.headers import read_json
+
+GIB = 2**30
+
+
+def test_two_streams_of_every_token():
+    assert stream_bytes(512 * 15_301, 1536, 4) == 2 * 512 * 15_301 * 1536 * 4  # 512 photos in Qwen2-VL-2B: 90 GiB
+
+
+@pytest.mark.parametrize(
+    ("available", "said"),
+    [(None, None), (4 * GIB, None), (4 * GIB - 1, "take 2.0 GiB of the 4.0 GiB"), (2 * GIB, "take 2.0 GiB of the 2.0")],
+)
+def test_what_fits_is_remarked_on_when_it_is_more_than_half(available, said):
+    remark = judge_memory([2**17, 2**17], 1024, 4, available)
+    assert remark == said if said is None else said in remark
+
+
+def test_what_does_not_fit_names_sizes_and_settings():
+    message = "2 samples with 262144 tokens, 262000 in the longest, need 2.0 GiB, 1.5 GiB are free.*max_pixels.*samples"
+    with pytest.raises(VLMQError, match=message):
+        judge_memory([144, 262_000], 1024, 4, 3 * GIB // 2)
+
+
+def test_the_system_says_what_is_free_and_a_container_what_it_may_have(tmp_path):
+    assert available_bytes(tmp_path) is None
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal:       8 kB\nMemAvailable:       5 kB\nHugePages_Total:  0\n")
+    assert available_bytes(tmp_path) == 5 * 1024
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (group / "memory.max").write_text("max\n")
+    (group / "memory.current").write_text("3000\n")
+    (group / "memory.stat").write_text("anon 2000\ninactive_file 500\n")
+    assert available_bytes(tmp_path) == 5 * 1024
+    (group / "memory.max").write_text("4096\n")
+    assert available_bytes(tmp_path) == 4096 - 3000 + 500
+
+
+def test_a_run_that_does_not_fit_ends_before_the_tower_sees_an_image(tiny_model, data_file, tmp_path, monkeypatch):
+    """24 chats of the tiny model: some 700 tokens, 64 wide, fp32, twice."""
+    monkeypatch.setattr(pipeline, "available_bytes", lambda: 100_000)
+    monkeypatch.setattr(pipeline, "capture_streams", lambda *_: pytest.fail("the images went through the model"))
+    recipe = make_recipe(method="gptq", group_size=32, device="cpu")
+    with pytest.raises(VLMQError, match="max_pixels"):
+        pipeline.calibrate(tiny_model, tmp_path / "out", data_file, recipe)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_smaller_images_are_fewer_tokens_and_part_of_the_record(tiny_model, data_file, tmp_path, monkeypatch):
+    given = {"method": "gptq", "group_size": 32, "device": "cpu", "samples": 6}
+    monkeypatch.setattr(pipeline, "available_bytes", lambda: stream_bytes(6 * 50, 64, 4))
+    whole = pipeline.calibrate(tiny_model, tmp_path / "whole", data_file, make_recipe(**given))
+    scaled = pipeline.calibrate(tiny_model, tmp_path / "scaled", data_file, make_recipe(**given, max_pixels=56 * 56))
+    before, after = whole.details["data"]["tokens"], scaled.details["data"]["tokens"]
+    assert 6 * 25 < sum(before.values()) < 6 * 50
+    assert any("hidden states of 6 samples" in note for note in whole.notes)
+    assert after["vision"] < before["vision"] / 2
+    assert (after["prompt"], after["answer"]) == (before["prompt"], before["answer"])
+    assert read_json(tmp_path / "scaled" / "vlmq" / "run.json")["recipe"]["max_pixels"] == 56 * 56
+
+
+def test_another_limit_does_not_go_on_with_an_interrupted_run(tiny_model, data_file, tmp_path, interrupted_at):
+    given = {"method": "gptq", "group_size": 32, "device": "cpu", "samples": 4}
+    with interrupted_at(pipeline, "quantize_layer", 2):
+        pipeline.calibrate(tiny_model, tmp_path / "out", data_file, make_recipe(**given, max_pixels=4000))
+    with pytest.raises(VLMQError, match="max_pixels was 4000, is now None"):
+        pipeline.calibrate(tiny_model, tmp_path / "out", data_file, make_recipe(**given), resume=True)

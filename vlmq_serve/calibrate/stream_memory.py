@@ -1,0 +1,48 @@
+"""Whether the hidden states of all samples fit into this machine's memory, before the long work begins."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from vlmq_serve.format.errors import VLMQError
+
+
+def stream_bytes(tokens: int, width: int, itemsize: int) -> int:
+    """Two hidden states per token. Positions, masks and what Qwen3-VL adds behind its first layers come on top."""
+    return 2 * tokens * width * itemsize
+
+
+def judge_memory(lengths: Sequence[int], width: int, itemsize: int, available: int | None) -> str | None:
+    """A remark where samples of `lengths` tokens take more than half of the `available` bytes.
+
+    Raises `VLMQError` where they take more than all of them. None is nothing to say, or an unknown amount.
+    """
+    need = stream_bytes(sum(lengths), width, itemsize)
+    if available is None or 2 * need <= available:
+        return None
+    samples = f"the hidden states of {len(lengths)} samples with {sum(lengths)} tokens, {max(lengths)} in the longest,"
+    if need <= available:
+        return f"{samples} take {_gib(need)} of the {_gib(available)} that are free"
+    raise VLMQError(
+        f"memory: {samples} need {_gib(need)}, {_gib(available)} are free; scale images down (max_pixels), draw fewer "
+        "chats (samples), or drop the longest (max_tokens)"
+    )
+
+
+def available_bytes(root: Path = Path("/")) -> int | None:
+    """What can be had without swapping, and no more than a container's limit (cgroup v2) leaves; None if not told."""
+    try:
+        told = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
+        available = int(told["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+    group = root / "sys/fs/cgroup"
+    with suppress(OSError, KeyError, ValueError):  # without a limit there is no such file, or it says "max"
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        kinds = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        available = min(available, limit - used + int(kinds["inactive_file"]))
+    return available
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"
