@@ -105,7 +105,7 @@ def measure(model: Path, data: Path, recipe: Recipe, progress: Progress) -> Iter
     plan = make_plan(model, recipe)
     if not plan.weighted:
         raise VLMQError(f"method: {recipe.method!r} weighs no tokens; use vlmq")
-    loaded = load_model(plan.source, choose_dtype(recipe, choose_device(recipe)))
+    loaded = load_model(plan.source, choose_dtype(recipe.dtype, choose_device(recipe.device)))
     layers = plan.adapter.decoder_layers(loaded)
     streams, signals = _prepare(loaded, layers, plan, data, progress)
     progress.stage("quantize layers", plan.layers)
@@ -117,7 +117,7 @@ def measure(model: Path, data: Path, recipe: Recipe, progress: Progress) -> Iter
 def _prepare(
     model: nn.Module, layers: nn.ModuleList, plan: Plan, data: Path, progress: Progress
 ) -> tuple[Streams, list[LayerSignals]]:
-    recipe, adapter, device = plan.recipe, plan.adapter, choose_device(plan.recipe)
+    recipe, adapter, device = plan.recipe, plan.adapter, choose_device(plan.recipe.device)
     chats = load_data(data, recipe)
     image_token = adapter.image_token_id(model.config)
     feed = SampleFeed(load_processor(plan.source), chats, image_token, recipe.max_tokens, recipe.max_pixels)

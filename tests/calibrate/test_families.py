@@ -42,6 +42,7 @@ from vlmq_serve.calibrate.loading import load_processor
 from vlmq_serve.calibrate.pipeline import calibrate
 from vlmq_serve.calibrate.recipe import make_recipe
 from vlmq_serve.calibrate.samples import VISION, build_sample, choose_chats
+from vlmq_serve.evaluate.divergence import before_text, predict
 from vlmq_serve.evaluate.loading import load_model
 from vlmq_serve.format.errors import VLMQError
 
@@ -181,6 +182,21 @@ def samples_of(folder, data_file, count):
     processor = load_processor(folder)
     token = find_adapter(folder).image_token_id(load_model(folder).config)
     return [build_sample(processor, chat, token, i) for i, chat in enumerate(chats)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", list(BUILDERS))
+def test_predictions_without_the_model_are_its_logits(make_model, data_file, family, dtype):
+    folder = make_model(family)
+    model, samples = load_model(folder, dtype), samples_of(folder, data_file, 3)
+    kept = predict(model, samples, batch_tokens=1)  # every sample alone, in order
+    with torch.inference_mode():
+        for states, sample in zip(kept.states, samples, strict=True):
+            logits = model(**sample.inputs, use_cache=False).logits
+            assert logits.dtype == states.dtype == dtype
+            wanted, kinds = before_text(logits, sample.modality[None])
+            assert len(kinds) == int((sample.modality[1:] != VISION).sum()) > 3
+            torch.testing.assert_close(kept.head(states), wanted)
 
 
 @pytest.mark.parametrize("method", ["vlmq", "awq"])

@@ -1,11 +1,16 @@
 """`vlmq bench quality` on the shipped model with a handful of chats: real calibrations, real answers."""
 
+import gc
+import json
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from vlmq_serve.cli import app
+from vlmq_serve.evaluate.quality import measure
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "examples" / "data"
@@ -35,6 +40,41 @@ def test_a_table_and_a_second_run_that_keeps_what_is_done(tmp_path: Path) -> Non
     assert float(whole["rtn"][10]) > float(whole["gptq"][10]) > 0  # KL on answers: rounding is far off at 2 bits
     assert float(whole["gptq"][12]) > 100  # MiB
     assert (tmp_path / "table.png").exists()
+
+
+def test_dtypes_are_kept_apart_and_named(tmp_path: Path) -> None:
+    for dtype, name in (("float32", "fp32"), ("bfloat16", "bf16")):
+        result = bench(tmp_path, "--method", "rtn", "--device", "cpu", "--dtype", dtype)
+        assert result.exit_code == 0, result.output
+        assert f"greedy answers in {name} on cpu" in (tmp_path / "table.md").read_text()
+    kept = [json.loads(path.read_text()) for path in (tmp_path / "work").glob("rtn*.json")]
+    assert sorted(record["dtype"] for record in kept) == ["bfloat16", "float32"]
+    first, second = (record["divergence"]["prompt"] for record in kept)
+    assert first != second
+    assert first == pytest.approx(second, rel=0.1)
+
+
+def test_no_two_models_are_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[weakref.ref[Any]] = []
+
+    def counted(load: Any) -> Any:
+        def run(*arguments: Any) -> Any:
+            assert all(model() is None for model in loaded)
+            model = load(*arguments)
+            loaded.append(weakref.ref(model))
+            return model
+
+        return run
+
+    for name in ("load_model", "load_simulated"):
+        monkeypatch.setattr(measure, name, counted(getattr(measure, name)))
+    gc.disable()  # what is freed must be freed by the command
+    try:
+        result = bench(tmp_path, "--method", "rtn", "--scheme", "w4g64")
+    finally:
+        gc.enable()
+    assert result.exit_code == 0, result.output
+    assert len(loaded) == 4  # the source for its answers, again for its predictions, and two variants
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,37 @@ def test_eval_writes_answers_and_compares(rtn_w4: Path, tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "w4.json").read_text())["answers"]) == 2
 
 
+def test_eval_in_another_dtype_is_recorded_and_said(rtn_w4: Path, tmp_path: Path) -> None:
+    given = ("--data", EVALUATION, "--limit", 24, "--device", "cpu")
+    files = {dtype: tmp_path / f"{dtype}.json" for dtype in ("auto", "bfloat16")}
+    for dtype, file in files.items():
+        result = vlmq("eval", rtn_w4, *given, "--dtype", dtype, "-o", file)
+        assert result.exit_code == 0, result.output
+        assert f"in transformers, {'fp32' if dtype == 'auto' else 'bf16'} on cpu" in result.output
+    auto, bf16 = (json.loads(file.read_text()) for file in files.values())
+    assert (auto["device"], auto["dtype"]) == ("cpu", "float32")
+    assert (bf16["device"], bf16["dtype"]) == ("cpu", "bfloat16")
+    assert bf16["accuracy"] == pytest.approx(auto["accuracy"], abs=0.1)
+    compared = vlmq("eval", rtn_w4, *given, "--dtype", "bfloat16", "--reference", files["auto"])
+    assert f"{rtn_w4} was computed in bfloat16, {rtn_w4} in float32: rounding is part" in compared.output
+    same = vlmq("eval", rtn_w4, *given, "--dtype", "bfloat16", "--reference", files["bfloat16"])
+    assert "was computed in" not in same.output
+    del auto["dtype"], auto["device"]  # as written before they were recorded
+    files["auto"].write_text(json.dumps(auto))
+    old = vlmq("eval", rtn_w4, *given, "--reference", files["auto"])
+    assert "in a dtype that is not recorded: rounding is part" in old.output
+
+
+def test_eval_refuses_places_that_do_not_exist(rtn_w4: Path) -> None:
+    place = (rtn_w4, "--data", EVALUATION)
+    assert "device: got 'gpu', allowed" in one_error(vlmq("eval", *place, "--device", "gpu"))
+    assert "dtype: got 'int8', allowed" in one_error(vlmq("eval", *place, "--dtype", "int8"))
+    url = ("http://127.0.0.1:9/v1", "--data", EVALUATION)
+    assert "--dtype: got 'float16' for a URL" in one_error(vlmq("eval", *url, "--dtype", "float16"))
+    assert "--device: got 'cpu' for a URL" in one_error(vlmq("eval", *url, "--device", "cpu"))
+    assert "--simulate: got a URL" in one_error(vlmq("eval", *url, "--simulate"))
+
+
 def test_an_interrupted_calibration_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> None:
         (tmp_path / "out.partial").mkdir()

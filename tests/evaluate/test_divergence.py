@@ -5,7 +5,7 @@ import math
 import torch
 
 from vlmq_serve.calibrate.samples import ANSWER, PROMPT, VISION
-from vlmq_serve.evaluate.divergence import kl_by_kind
+from vlmq_serve.evaluate.divergence import before_text, kl_by_kind
 
 
 def test_equals_the_definition_token_by_token():
@@ -18,7 +18,9 @@ def test_equals_the_definition_token_by_token():
             p, q = (x[b, t].exp() / x[b, t].exp().sum() for x in (reference, model))
             if kinds[b][t + 1] != VISION:
                 expected[kinds[b][t + 1]] += sum(float(p[v]) * math.log(float(p[v] / q[v])) for v in range(5))
-    got = kl_by_kind(reference, model, torch.tensor(kinds, dtype=torch.uint8))
+    modality = torch.tensor(kinds, dtype=torch.uint8)
+    (p, predicted), (q, _) = (before_text(logits, modality) for logits in (reference, model))
+    got = kl_by_kind(p, q, predicted)
     assert got["prompt"][1] == 2
     assert got["answer"][1] == 5
     assert abs(got["prompt"][0] - expected[PROMPT]) < 1e-5
@@ -26,7 +28,8 @@ def test_equals_the_definition_token_by_token():
 
 
 def test_equal_models_do_not_diverge():
-    logits = torch.randn(1, 4, 7)
-    got = kl_by_kind(logits, logits + 3, torch.full((1, 4), ANSWER, dtype=torch.uint8))
+    logits, kinds = before_text(torch.randn(1, 4, 7), torch.full((1, 4), ANSWER, dtype=torch.uint8))
+    got = kl_by_kind(logits, logits + 3, kinds)
+    assert got["answer"][1] == 3
     assert abs(got["answer"][0]) < 1e-6
     assert got["prompt"] == (0.0, 0)

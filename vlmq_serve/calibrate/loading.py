@@ -1,15 +1,17 @@
 """Find, load and hash the model to calibrate."""
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from vlmq_serve.calibrate.recipe import Recipe
 from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.format.headers import shard_files
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def resolve_model(model: str | Path) -> Path:
@@ -29,19 +31,34 @@ def resolve_model(model: str | Path) -> Path:
         raise VLMQError(f"model: {model!r} is no local folder and cannot be downloaded ({detail})") from None
 
 
-def choose_device(recipe: Recipe) -> torch.device:
-    """The recipe's device, `auto` resolved."""
-    if recipe.device == "cuda" and not torch.cuda.is_available():
-        raise VLMQError("device: got 'cuda', but torch sees no CUDA device; use device cpu, or install the CUDA build")
-    use_cuda = recipe.device == "cuda" or (recipe.device == "auto" and torch.cuda.is_available())
-    return torch.device("cuda" if use_cuda else "cpu")
+def choose_device(name: str) -> torch.device:
+    """`auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:1`; `VLMQError` for a device that torch does not see."""
+    return resolve_device(name, torch.cuda.device_count() if torch.cuda.is_available() else 0)
 
 
-def choose_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
-    """The dtype of activations and weights during calibration, `auto` resolved; statistics are always fp32."""
-    if recipe.dtype == "auto":
+def resolve_device(name: str, gpus: int) -> torch.device:
+    """`choose_device` on a machine with so many CUDA devices."""
+    if name == "auto":
+        return torch.device("cuda" if gpus else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise VLMQError(f"device: got {name!r}, allowed auto, cpu, cuda and cuda:0, cuda:1 ...")
+    device = torch.device(name)
+    if device.type == "cuda" and not gpus:
+        raise VLMQError(
+            f"device: got {name!r}, but torch sees no CUDA device; use device cpu, or install the CUDA build"
+        )
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise VLMQError(f"device: got {name!r}, but torch sees {gpus} CUDA device(s), cuda:0 to cuda:{gpus - 1}")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of activations and weights, `auto` resolved; statistics of a calibration are always fp32."""
+    if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.bfloat16 if recipe.dtype == "bfloat16" else torch.float32
+    if name not in _DTYPES:
+        raise VLMQError(f"dtype: got {name!r}, allowed auto, {', '.join(_DTYPES)}")
+    return _DTYPES[name]
 
 
 def load_model(folder: Path, dtype: torch.dtype) -> nn.Module:

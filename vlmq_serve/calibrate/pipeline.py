@@ -87,8 +87,8 @@ def _check_output(out: Path, plan: Plan, overwrite: bool) -> None:
 
 def _calibrate(run: Run, data: CalibrationData) -> list[LayerResult]:
     recipe, adapter = run.plan.recipe, run.plan.adapter
-    device = choose_device(recipe)
-    dtype = choose_dtype(recipe, device)
+    device = choose_device(recipe.device)
+    dtype = choose_dtype(recipe.dtype, device)
     run.details |= {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
     run.progress.stage("load model", 1)
     started = perf_counter()

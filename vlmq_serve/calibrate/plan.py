@@ -90,7 +90,7 @@ class Plan:
     @property
     def estimated_bytes(self) -> int:
         """Rough peak memory: weights, both hidden-state streams (of `assumed_tokens` a sample), solver matrices."""
-        item = choose_dtype(self.recipe, choose_device(self.recipe)).itemsize
+        item = choose_dtype(self.recipe.dtype, choose_device(self.recipe.device)).itemsize
         source_item = self.linears[0].dtype.itemsize
         if not self.recipe.needs_data:
             return _RUNTIME_BYTES + 16 * max(linear.shape[0] * linear.shape[1] for linear in self.linears)

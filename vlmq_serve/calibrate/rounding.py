@@ -67,7 +67,7 @@ def round_linear(linear: LinearPlan, plan: Plan) -> tuple[PackedWeight, float]:
     """The packed weight and its relative squared error; the grid is the recipe's, where that needs no data."""
     grid = "minmax" if plan.recipe.grid == "minmax" else "mse"
     recipe = plan.recipe.model_copy(update={"method": "rtn", "base": "auto", "grid": grid})
-    device = choose_device(plan.recipe)
+    device = choose_device(plan.recipe.device)
     weight = read_tensors(plan.source, [linear.tensor])[linear.tensor]
     parts, error, energy = [], 0.0, 0.0
     for rows in weight.split(ROWS_AT_ONCE):

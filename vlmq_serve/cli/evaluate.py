@@ -13,6 +13,7 @@ from vlmq_serve.format.errors import VLMQError
 
 if TYPE_CHECKING:
     from vlmq_serve.calibrate.chats import Chat
+    from vlmq_serve.evaluate.place import Place
     from vlmq_serve.evaluate.run import Evaluation
 
 Answerer = Callable[[Sequence["Chat"]], Iterator[str]]
@@ -31,6 +32,10 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N chats.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Chats at once (folder), or requests at once (URL).")] = 32,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
+    device: Annotated[str, typer.Option(help="Folder: auto (CUDA if there is one), cpu, cuda or cuda:1.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Folder: auto (float32 on a CPU, bfloat16 on CUDA), float32, bfloat16 or float16.")
+    ] = "auto",
     simulate: Annotated[
         bool, typer.Option("--simulate", help="Folder: with the activations that its calibration has simulated.")
     ] = False,
@@ -38,39 +43,54 @@ def evaluate(
 ) -> None:
     """Ask a model every question of a data file and compare with the expected answers.
 
-    A folder runs in transformers (a vlmq checkpoint with its weights dequantized), a URL is asked as OpenAI clients do.
+    A folder runs in transformers (a vlmq checkpoint with its weights dequantized), a URL is asked as OpenAI clients do,
+    with the key in OPENAI_API_KEY.
 
     Example: vlmq eval ./qwen2vl-vlmq-w4 --data eval.jsonl -o w4.json --reference bf16.json
 
     Example: vlmq eval http://localhost:8000/v1 --data eval.jsonl
     """
+    from vlmq_serve.evaluate.place import Place
     from vlmq_serve.evaluate.run import evaluate_chats, read_evaluation
 
     earlier = read_evaluation(reference) if reference else None
     if output is not None:
         check_output(output, overwrite)
     remote = model.startswith(("http://", "https://"))
-    out.print(f"evaluate {model} {'over the OpenAI API' if remote else 'in transformers, fp32'} on {data}")
-    if remote and simulate:
-        raise VLMQError(
-            "--simulate: got a URL; a server computes with 16-bit activations, give the checkpoint's folder"
-        )
     if remote:
+        _check_options_of_a_server(device, dtype, simulate)
+    place = None if remote else Place.choose(device, dtype)
+    out.print(f"evaluate {model} {f'in transformers, {place}' if place else 'over the OpenAI API'} on {data}")
+    if place is None:
         answer = _remote(model, batch_size, max_new_tokens)
     else:
-        answer = _local(model, batch_size, max_new_tokens, simulate)
+        answer = _local(model, place, batch_size, max_new_tokens, simulate)
     with progress_bar() as bar:
         task = bar.add_task("questions", total=None, note="")
         result = evaluate_chats(
             model,
             data,
             answer,
+            place=place,
             limit=limit,
             on_answer=lambda done, total: bar.update(task, completed=done, total=total),
         )
     if output is not None:  # before the comparison, which may refuse the reference
         output.write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
     out.print(accuracy_table(result, earlier))
+    note = result.dtype_note(earlier) if earlier else None
+    if note:
+        out.print(f"note: {note}", highlight=False, soft_wrap=True)
+
+
+def _check_options_of_a_server(device: str, dtype: str, simulate: bool) -> None:
+    for option, value in {"--device": device, "--dtype": dtype}.items():
+        if value != "auto":
+            raise VLMQError(f"{option}: got {value!r} for a URL; a server computes as it was started, leave it out")
+    if simulate:
+        raise VLMQError(
+            "--simulate: got a URL; a server computes with 16-bit activations, give the checkpoint's folder"
+        )
 
 
 def accuracy_table(result: "Evaluation", reference: "Evaluation | None") -> Table:
@@ -93,7 +113,7 @@ def accuracy_table(result: "Evaluation", reference: "Evaluation | None") -> Tabl
     return table
 
 
-def _local(model: str, batch_size: int, max_new_tokens: int, simulate: bool) -> Answerer:
+def _local(model: str, place: "Place", batch_size: int, max_new_tokens: int, simulate: bool) -> Answerer:
     from vlmq_serve.calibrate.loading import load_processor
     from vlmq_serve.evaluate.answers import answer_locally
     from vlmq_serve.evaluate.loading import load_model
@@ -111,7 +131,7 @@ def _local(model: str, batch_size: int, max_new_tokens: int, simulate: bool) -> 
         )
     if simulated and not simulate:
         out.print("activations of 16 bits, as served; --simulate for those that its calibration has simulated")
-    loaded = load_simulated(folder) if simulate else load_model(folder)
+    loaded = (load_simulated if simulate else load_model)(folder, place.dtype, place.device)
     processor = load_processor(folder)
 
     def answer(chats: Sequence["Chat"]) -> Iterator[str]:

@@ -56,8 +56,8 @@ def dequantized_state(folder: Path, spec: QuantizationSpec, dtype: torch.dtype) 
     return state
 
 
-def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
-    """A transformers model in `dtype` from a bf16 or vlmq model folder, in eval mode."""
+def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Any:
+    """A transformers model in `dtype` on `device` from a bf16 or vlmq model folder, in eval mode."""
     folder = Path(folder)
     spec = read_spec(folder)
     if spec is None:

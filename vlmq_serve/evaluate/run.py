@@ -8,19 +8,25 @@ from typing import Any
 
 from vlmq_serve.calibrate.chats import Chat, read_chats
 from vlmq_serve.evaluate.answers import is_correct
+from vlmq_serve.evaluate.place import Place
 from vlmq_serve.evaluate.statistics import Difference, Proportion, by_task, paired_difference
 from vlmq_serve.format.errors import VLMQError
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Answers of one model to the chats of a data file, in order."""
+    """Answers of one model to the chats of a data file, in order.
+
+    `device` and `dtype` are those of a model in this process; None: a server's own, or not recorded.
+    """
 
     model: str
     data: str
     tasks: tuple[str, ...]
     expected: tuple[str, ...]
     answers: tuple[str, ...]
+    device: str | None = None
+    dtype: str | None = None
 
     @property
     def correct(self) -> list[bool]:
@@ -45,6 +51,13 @@ class Evaluation:
         self._check_same_questions(reference)
         return paired_difference(self.correct, reference.correct)
 
+    def dtype_note(self, reference: "Evaluation") -> str | None:
+        """What a reader of the comparison must know when the two were not computed in one dtype."""
+        if self.dtype == reference.dtype:
+            return None
+        mine, theirs = (entry.dtype or "a dtype that is not recorded" for entry in (self, reference))
+        return f"{self.model} was computed in {mine}, {reference.model} in {theirs}: rounding is part of the difference"
+
     def _check_same_questions(self, other: "Evaluation") -> None:
         if self.tasks != other.tasks or self.expected != other.expected:
             raise VLMQError(f"reference {other.model}: was asked other questions than {self.model}; use one data file")
@@ -56,6 +69,8 @@ class Evaluation:
         return {
             "model": self.model,
             "data": self.data,
+            "device": self.device,
+            "dtype": self.dtype,
             "accuracy": self.overall.value,
             "interval": [low, high],
             "n": self.overall.total,
@@ -71,7 +86,8 @@ def read_evaluation(path: str | Path) -> Evaluation:
     try:
         raw: Mapping[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
         lists = {key: tuple(raw[key]) for key in ("tasks", "expected", "answers")}
-        return Evaluation(model=raw["model"], data=raw["data"], **lists)
+        device, dtype = raw.get("device"), raw.get("dtype")  # earlier files have none
+        return Evaluation(model=raw["model"], data=raw["data"], **lists, device=device, dtype=dtype)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise VLMQError(f"{path}: not an evaluation that `vlmq eval --output` wrote ({error})") from None
 
@@ -81,10 +97,12 @@ def evaluate_chats(
     data: str | Path,
     answer: Callable[[Sequence[Chat]], Iterator[str]],
     *,
+    place: Place | None = None,
     limit: int | None = None,
     on_answer: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Ask `answer` all chats of `data` (the first `limit`); `on_answer(done, total)` follows each one."""
+    """Ask `answer`, which computes at `place`, all chats of `data` (the first `limit`); `on_answer(done, total)`
+    follows each one."""
     chats = read_chats(Path(data))[:limit]
     answers = []
     for text in answer(chats):
@@ -97,4 +115,6 @@ def evaluate_chats(
         tasks=tuple(chat.task or "all" for chat in chats),
         expected=tuple(chat.answer for chat in chats),
         answers=tuple(answers),
+        device=str(place.device) if place else None,
+        dtype=place.dtype_name if place else None,
     )

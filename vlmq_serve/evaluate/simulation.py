@@ -6,6 +6,7 @@ vLLM serves the weights alone, and so does `loading.load_model`; this is for the
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 
 from vlmq_serve.calibrate.activations import add_quantizer, read_quantizers
@@ -25,11 +26,11 @@ def activation_scheme(folder: Path) -> ActivationScheme | None:
     return None if spec is None or bits is None else ActivationScheme(bits, spec.settings["activation_range"])
 
 
-def load_simulated(folder: str | Path) -> Any:
-    """`loading.load_model` in fp32, with fake quantization of what the quantized linears read, and of the vision
+def load_simulated(folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Any:
+    """`loading.load_model`, with fake quantization of what the quantized linears read, and of the vision
     tower where the calibration has simulated it."""
     folder = Path(folder)
-    model = load_model(folder)
+    model = load_model(folder, dtype, device)
     scheme = activation_scheme(folder)
     if scheme is None:
         return model

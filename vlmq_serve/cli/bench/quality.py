@@ -34,6 +34,12 @@ def quality(
     work: Annotated[Path, typer.Option(help="Finished variants; a second run goes on from there.")] = Path(
         "out/quality"
     ),
+    device: Annotated[
+        str, typer.Option(help="Of answers and KL: auto, cpu, cuda or cuda:1. A calibration's: vlmq:device=cpu.")
+    ] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Of answers and KL: auto (float32, bfloat16 on CUDA), float32, bfloat16 or float16.")
+    ] = "auto",
     keep_checkpoints: Annotated[bool, typer.Option("--keep-checkpoints", help="Keep them in the work folder.")] = False,
 ) -> None:
     """Compare calibration methods: accuracy per kind, intervals, difference to GPTQ, KL divergence, time, memory.
@@ -44,6 +50,7 @@ def quality(
 
     Settings: ... --method gptq --method vlmq --method vlmq:exponent=2 --scheme w2g-1 --seed 0 --seed 1 --samples 64
     """
+    from vlmq_serve.evaluate.place import Place
     from vlmq_serve.evaluate.quality.measure import Bench
     from vlmq_serve.evaluate.quality.variants import Selection
 
@@ -53,7 +60,10 @@ def quality(
     variants = Selection(method or METHODS, scheme or ["w4g64", "w3g64", "w2g64"], seed or [0], shared).variants()
     if baseline != "gptq" and baseline not in {variant.label for variant in variants}:
         raise VLMQError(f"--baseline: got {baseline!r}, which is none of the methods; add --method {baseline}")
-    bench = Bench(model, data, questions, work, RichProgress, limit, divergence_chats, max_new_tokens, keep_checkpoints)
+    bench = Bench(
+        model, data, questions, work, RichProgress, limit, divergence_chats, max_new_tokens, keep_checkpoints,
+        Place.choose(device, dtype),
+    )  # fmt: skip
     bench.check(variants)
     hide_loading_bars()
     measured = []

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 from transformers.utils import logging
 
 from vlmq_serve.calibrate.chats import Chat, read_chats
@@ -26,8 +27,9 @@ from vlmq_serve.calibrate.report import write_json
 from vlmq_serve.calibrate.samples import CalibrationSample, build_samples
 from vlmq_serve.device import device_name
 from vlmq_serve.evaluate.answers import answer_locally
-from vlmq_serve.evaluate.divergence import Divergence, measure_divergence
+from vlmq_serve.evaluate.divergence import Divergence, Predictions, measure_divergence, predict
 from vlmq_serve.evaluate.loading import load_model
+from vlmq_serve.evaluate.place import FP32_ON_CPU, Place, free_memory
 from vlmq_serve.evaluate.quality.seeds import check_seeds, mean_overlap
 from vlmq_serve.evaluate.quality.variants import Variant
 from vlmq_serve.evaluate.run import Evaluation, evaluate_chats, read_evaluation
@@ -68,6 +70,7 @@ class Bench:
     divergence_chats: int = 256
     max_new_tokens: int = 8
     keep_checkpoints: bool = False
+    place: Place = FP32_ON_CPU
 
     @cached_property
     def _inputs(self) -> dict[str, Any]:
@@ -75,11 +78,18 @@ class Bench:
             path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (self.calibration, self.questions)
         }
         numbers = (self.limit, self.divergence_chats, self.max_new_tokens)
-        return {"weights": hash_weights(self.model), "files": files, "numbers": numbers}
+        place = {} if self.place == FP32_ON_CPU else {"place": [self.place.device.type, self.place.dtype_name]}
+        return {"weights": hash_weights(self.model), "files": files, "numbers": numbers, **place}
 
     @cached_property
-    def _reference(self) -> Any:
-        return load_model(self.model)
+    def _reference(self) -> Predictions:
+        """Of the source model, which is gone before the first variant is loaded: one model at a time."""
+        with self.show() as progress:
+            model = load_model(self.model, self.place.dtype, self.place.device)
+            predictions = predict(model, self._compared(progress, "read with bf16"))
+        del model
+        free_memory()
+        return predictions
 
     def check(self, variants: Sequence[Variant]) -> None:
         """Every recipe must fit the model, seeds differ, and every file be readable before the first variant runs."""
@@ -98,7 +108,7 @@ class Bench:
         compared = min(len(chats), self.divergence_chats)
         return [
             f"Model `{self.model.name}`, calibrated on `{self.calibration.name}`, {len(chats)} questions of "
-            f"`{self.questions.name}`, greedy answers in fp32, exact match. 95 % intervals over {over}. "
+            f"`{self.questions.name}`, greedy answers in {self.place}, exact match. 95 % intervals over {over}. "
             f"KL to bf16: nats per token of {compared} questions with their expected answers. Seconds (median) and "
             f"peak memory (highest) of one calibration in a process of its own, {device_name()}, "
             f"{torch.get_num_threads()} threads.{draws}",
@@ -119,6 +129,7 @@ class Bench:
             folder, cost = self._make(variant, kept.with_suffix(""))
             answers, divergence = self._question(variant, folder)
             content = answers.to_json() | {"divergence": asdict(divergence), "cost": asdict(cost)}
+            free_memory()
             if folder != self.model and not self.keep_checkpoints:
                 shutil.rmtree(folder)
             write_json(kept, content)
@@ -135,7 +146,9 @@ class Bench:
             return folder, pool.submit(_calibrate, *arguments).result()
 
     def _question(self, variant: Variant, folder: Path) -> tuple[Evaluation, Divergence]:
-        model = self._reference if variant.recipe is None else load_simulated(folder)
+        reference = None if variant.recipe is None else self._reference
+        load = load_model if reference is None else load_simulated
+        model = load(folder, self.place.dtype, self.place.device)
         processor = load_processor(folder)
 
         def answer(chats: Sequence[Chat]) -> Iterator[str]:
@@ -143,16 +156,28 @@ class Bench:
             return (reply.text for reply in replies)
 
         with self.show() as progress:
-            chats = read_chats(self.questions)[: self.limit]
-            progress.stage("answer questions", len(chats))
+            progress.stage("answer questions", len(read_chats(self.questions)[: self.limit]))
             evaluation = evaluate_chats(
-                variant.name, self.questions, answer, limit=self.limit, on_answer=lambda *_: progress.advance()
+                variant.name,
+                self.questions,
+                answer,
+                place=self.place,
+                limit=self.limit,
+                on_answer=lambda *_: progress.advance(),
             )
-            compared = chats[: self.divergence_chats]
-            progress.stage("compare with bf16", len(compared))
-            samples = build_samples(processor, compared, _image_token(self.model, model.config))
-            counted = _counted(samples, progress)
-            return evaluation, measure_divergence(self._reference, model, counted)
+            if reference is None:
+                return evaluation, Divergence(0.0, 0.0)
+            samples = self._compared(progress, "compare with bf16")
+            return evaluation, measure_divergence(reference, model, samples)
+
+    def _compared(self, progress: Progress, stage: str) -> Iterator[CalibrationSample]:
+        """The questions with their answers, as every model reads them: inputs come from the source's processor."""
+        chats = read_chats(self.questions)[: self.limit][: self.divergence_chats]
+        config = AutoConfig.from_pretrained(self.model)
+        progress.stage(stage, len(chats))
+        for sample in build_samples(load_processor(self.model), chats, find_adapter(self.model).image_token_id(config)):
+            progress.advance()
+            yield sample
 
 
 def _calibrate(model: Path, out: Path, data: Path, recipe: Recipe, show: ShowProgress) -> Cost:
@@ -161,13 +186,3 @@ def _calibrate(model: Path, out: Path, data: Path, recipe: Recipe, show: ShowPro
     with show() as progress:
         report = calibrate(model, out, data if recipe.needs_data else None, recipe, overwrite=True, progress=progress)
     return Cost(report.details["total_seconds"], report.peak_memory_mib, report.bytes_after)
-
-
-def _image_token(folder: Path, config: Any) -> int:
-    return find_adapter(folder).image_token_id(config)
-
-
-def _counted(samples: Iterator[CalibrationSample], progress: Progress) -> Iterator[CalibrationSample]:
-    for sample in samples:
-        progress.advance()
-        yield sample
