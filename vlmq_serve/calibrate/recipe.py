@@ -147,6 +147,8 @@ def _checked(recipe: Recipe) -> Recipe:
 def _first_fault(error: ValidationError) -> str:
     fault = error.errors()[0]
     where = ".".join(str(part) for part in fault["loc"])
+    if not where:  # a check of several settings, which names them itself
+        return str(fault["ctx"]["error"])
     if fault["type"] == "extra_forbidden":
         allowed = ", ".join(sorted(Recipe.model_fields))
         return f"unknown key {where!r}; allowed: {allowed}"
