@@ -4,6 +4,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+from vlmq_serve.calibrate import pipeline
 from vlmq_serve.calibrate.pipeline import calibrate
 from vlmq_serve.calibrate.planning import make_plan
 from vlmq_serve.calibrate.recipe import make_recipe
@@ -44,6 +45,42 @@ def test_models_that_cannot_be_calibrated(tiny_model, tmp_path, config, message)
 def test_model_that_is_not_there(tmp_path):
     with pytest.raises(VLMQError, match="which is no folder"):
         make_plan(tmp_path / "none", make_recipe())
+
+
+@pytest.mark.parametrize(
+    ("gone", "message"),
+    [
+        ("preprocessor_config.json", "image processor: found none"),
+        ("tokenizer.json", "tokenizer: found none"),
+        ("chat_template.jinja", "chat template: found none"),
+    ],
+)
+def test_what_reads_the_chats_is_missed_by_the_plan(tiny_model, tmp_path, gone, message):
+    """Rounding without data needs none of it."""
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    for name in {gone, *(["processor_config.json"] if gone.startswith("pre") else [])}:
+        (folder / name).unlink(missing_ok=True)
+    with pytest.raises(VLMQError, match=message):
+        make_plan(folder, make_recipe(method="gptq", group_size=32))
+    make_plan(folder, make_recipe(method="rtn", group_size=32))
+
+
+def test_a_broken_processor_is_found_before_the_model_is_loaded(tiny_model, data_file, tmp_path, monkeypatch):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        (folder / name).write_text("not JSON")
+    monkeypatch.setattr(pipeline, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(VLMQError, match="cannot load the processor"):
+        calibrate(folder, tmp_path / "out", data_file, make_recipe(method="gptq", group_size=32, device="cpu"))
+
+
+def test_a_tower_that_feeds_several_layers_is_not_simulated(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "qwen3_vl"}
+    (folder / "config.json").write_text(json.dumps(config))
+    recipe = make_recipe(method="qvlm", group_size=32, activation_bits=4, simulated_vision=True)
+    with pytest.raises(VLMQError, match="simulated_vision: got model_type 'qwen3_vl'"):
+        make_plan(folder, recipe)
 
 
 def test_sources_of_mixed_dtypes_get_scales_of_one(tiny_model, tmp_path, data_file):

@@ -92,11 +92,12 @@ def _calibrate(run: Run, data: CalibrationData) -> list[LayerResult]:
     run.details |= {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
     run.progress.stage("load model", 1)
     started = perf_counter()
+    processor = load_processor(run.plan.source)  # first: it takes seconds to fail, the model minutes to load
     model = load_model(run.plan.source, dtype)
     adapter.check_config(model.config)
     rounded = round_parts(model, run.plan, run.work if run.resume else None)
     feed = SampleFeed(
-        load_processor(run.plan.source),
+        processor,
         data,
         adapter.image_token_id(model.config),
         recipe.max_tokens,

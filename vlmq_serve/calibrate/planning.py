@@ -17,6 +17,7 @@ from vlmq_serve.calibrate.plan import Plan
 from vlmq_serve.calibrate.recipe import PARTS, Recipe
 from vlmq_serve.calibrate.settings import override_of
 from vlmq_serve.calibrate.sources import taps_of
+from vlmq_serve.format.companions import has_template, missing_files
 from vlmq_serve.format.config import QuantizationSpec
 from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.format.headers import TensorInfo, read_json, read_tensor_index
@@ -31,6 +32,7 @@ def make_plan(model: str | Path, recipe: Recipe) -> Plan:
     recipe = recipe.model_copy(update={"ignore": left_alone(recipe, adapter)})
     if "quantization_config" in config:
         raise VLMQError(f"{source}: is quantized already (quantization_config in config.json); give the original model")
+    _check_reading(source, adapter, recipe)
     tensors = read_tensor_index(source)
     prefix = adapter.source_prefix(tensors)
     _refuse_experts(tensors, prefix)
@@ -52,6 +54,21 @@ def make_plan(model: str | Path, recipe: Recipe) -> Plan:
     plan = share_scales_dtype(replace(plan, recipe=pin_schemes(recipe, plan.all_linears)))
     make_spec(plan.recipe, {}).check_fused(linear.name for linear in plan.all_linears)
     return plan
+
+
+def _check_reading(source: Path, adapter: ModelAdapter, recipe: Recipe) -> None:
+    """What files alone tell of the way from chats to hidden states; loading the processor tells the rest."""
+    if recipe.needs_data:
+        missing = missing_files(source)
+        if not has_template(source):
+            missing.append("chat template: found none; copy chat_template.jinja from the original model")
+        if missing:
+            raise VLMQError(f"{source}: {missing[0]}")
+    if recipe.simulated_vision and adapter.decoder_inputs:
+        raise VLMQError(
+            f"simulated_vision: got model_type {adapter.model_type!r}, whose tower feeds several decoder layers; "
+            "supported where it feeds the embeddings only"
+        )
 
 
 def share_scales_dtype(plan: Plan) -> Plan:

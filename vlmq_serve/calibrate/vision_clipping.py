@@ -13,7 +13,6 @@ from vlmq_serve.calibrate.recipe import Recipe
 from vlmq_serve.calibrate.samples import VISION, CalibrationSample
 from vlmq_serve.calibrate.vision import SMALLEST_FACTOR, Factors, VisionSimulation, vision_linears
 from vlmq_serve.calibrate.vision_loss import vision_loss
-from vlmq_serve.format.errors import VLMQError
 
 SAMPLES, BATCH = 64, 8
 LEARNING_RATE = 0.01
@@ -25,11 +24,6 @@ def simulate_vision(
     """The tower that the recipe asks for, its factors learned; None where it stays at 16 bits."""
     if not recipe.simulated_vision or recipe.activation_bits is None:
         return None
-    if adapter.decoder_inputs:
-        raise VLMQError(
-            f"simulated_vision: got model_type {adapter.model_type!r}, whose tower feeds several decoder layers; "
-            "supported where it feeds the embeddings only"
-        )
     model.to(device)
     seeing = [sample for sample in feed.first(SAMPLES) if bool((sample.modality == VISION).any())]
     factors = learn_factors(model, adapter, seeing, recipe, device)
