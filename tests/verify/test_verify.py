@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 from tests.quant_methods.checkpoints import edit_config, quantize, quantize_parts
 from vlmq_serve.cli import app
+from vlmq_serve.verify.ranks import RankResult, without_echoes
 from vlmq_serve.verify.vllm_rules import check_with_vllm
 
 MODEL = Path(__file__).resolve().parents[2] / "examples" / "tiny-qwen2vl"
@@ -144,6 +145,30 @@ def test_a_missing_folder_is_one_error(tmp_path: Path) -> None:
     result = verify(tmp_path / "nothing")
     assert result.exit_code == 1
     assert "no such folder" in result.stderr
+
+
+LOST = RankResult(1, error="Broken pipe")
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("results", "kept"),
+    [
+        ([RankResult(0, error="no parameter named 'extra'"), LOST], [0]),
+        (
+            [
+                LOST,
+                RankResult(2, error="[pair.cc] Connection closed by peer"),
+                RankResult(3, error="K"),
+            ],
+            [3],
+        ),
+        ([RankResult(0, parameters=9), LOST], [0, 1]),
+        ([RankResult(0, error="A"), RankResult(1, error="B")], [0, 1]),
+    ],
+)
+def test_a_rank_that_lost_its_peer_is_shown_only_where_no_other_says_why(results: list, kept: list) -> None:
+    assert [result.rank for result in without_echoes(results)] == kept
 
 
 @pytest.mark.serve

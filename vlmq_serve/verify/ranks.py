@@ -24,6 +24,8 @@ from vlmq_serve.format.names import fused_members
 RANK_TIMEOUT_S = 300
 _CACHE_SCALE = re.compile(r"\.attn\.[qkv]_(scale|zero_point)$")
 """Scales of a quantized KV cache, which vLLM sets to one where a checkpoint has none."""
+_LOST_PEER = re.compile("Broken pipe|Connection (reset|closed) by peer|Connection was likely closed|connectFullMesh")
+"""What torch says on a rank whose peer has ended; the first rank takes the store of all with it."""
 _DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I32": torch.int32,
     "I64": torch.int64, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -69,7 +71,14 @@ def _open(folder: Path, ranks: int, mode: str) -> list[RankResult]:
     found = []
     while not results.empty():
         found.append(results.get())
-    return sorted(found, key=lambda result: int(result.rank))
+    return without_echoes(sorted(found, key=lambda result: int(result.rank)))
+
+
+def without_echoes(results: list[RankResult]) -> list[RankResult]:
+    """`results` without those of ranks that only lost their connection to one that failed for a reason of its own."""
+    echoes = [result for result in results if _LOST_PEER.search(result.error)]
+    failed = any(result.error and result not in echoes for result in results)
+    return [result for result in results if result not in echoes] if failed else results
 
 
 def _engine_config(folder: Path, ranks: int, mode: str) -> Any:
