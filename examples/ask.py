@@ -13,18 +13,31 @@ import openai
 
 
 def main() -> None:
-    """Send one image with one question and write the answer as it comes."""
+    """Send one image with one question and write the answer as it comes; one line and status 1 where that fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base_url")
     parser.add_argument("image", type=Path)
     parser.add_argument("question")
     options = parser.parse_args()
-    client = openai.OpenAI(base_url=options.base_url, api_key="none")
-    model = client.models.list().data[0].id
     kind = mimetypes.guess_type(options.image.name)[0] or "image/png"
-    url = f"data:{kind};base64,{base64.b64encode(options.image.read_bytes()).decode()}"
-    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": options.question}]
+    try:
+        url = f"data:{kind};base64,{base64.b64encode(options.image.read_bytes()).decode()}"
+    except OSError as error:
+        sys.exit(f"error: {options.image} cannot be read ({error.strerror})")
+    try:
+        ask(options.base_url, url, options.question)
+    except openai.APIConnectionError:
+        sys.exit(f"error: no server answers at {options.base_url}")
+    except openai.APIError as error:
+        sys.exit(f"error: {options.base_url} refuses the request ({' '.join(error.message.split())})")
+
+
+def ask(base_url: str, image_url: str, question: str) -> None:
+    """Write the answer of the server's first model to stdout, piece by piece."""
+    content = [{"type": "image_url", "image_url": {"url": image_url}}, {"type": "text", "text": question}]
     messages = [{"role": "user", "content": content}]
+    client = openai.OpenAI(base_url=base_url, api_key="none")
+    model = client.models.list().data[0].id
     for chunk in client.chat.completions.create(model=model, messages=messages, temperature=0, stream=True):
         sys.stdout.write(chunk.choices[0].delta.content or "")
         sys.stdout.flush()
