@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import resource
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from vlmq_serve.calibrate.metrics import ALL
+from vlmq_serve.calibrate.resident import peak_resident_mib
 from vlmq_serve.calibrate.samples import MODALITIES
 
 REPORT_FOLDER, RUN_FILE, LAYERS_FILE = "vlmq", "run.json", "layers.csv"
@@ -125,9 +125,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def peak_memory_mib() -> float:
     """Highest resident memory of this process so far, plus the highest allocated CUDA memory."""
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     cuda = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
-    return round(resident + cuda, 1)
+    return round(peak_resident_mib() + cuda, 1)
 
 
 def _cell(value: Any) -> Any:

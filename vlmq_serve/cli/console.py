@@ -2,7 +2,6 @@
 
 import functools
 import os
-import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -20,6 +19,7 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
+from vlmq_serve.calibrate.resident import peak_resident_mib
 from vlmq_serve.format.errors import VLMQError
 
 P = ParamSpec("P")
@@ -123,5 +123,4 @@ class RichProgress:
 
 
 def _peak_memory() -> str:
-    """Highest resident memory of this process so far (Linux counts it in KiB)."""
-    return f"peak {human_bytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)}"
+    return f"peak {human_bytes(peak_resident_mib() * 2**20)}"
