@@ -143,6 +143,20 @@ def test_tied_embeddings_need_a_head(tiny_model):
         make_plan(tiny_model, make_recipe(method="rtn", group_size=32, embeddings="w8"))
 
 
+def test_tied_embeddings_need_a_head_that_gets_its_scheme(tiny_model):
+    """64 hidden units do not divide into groups of 128, so this head would be left as it is."""
+    recipe = make_recipe(method="rtn", group_size=32, embeddings="w8g64", lm_head="w8g128", unfit="ignore")
+    with pytest.raises(VLMQError, match="embeddings: got w8g64, but they are the head's weight too"):
+        make_plan(tiny_model, recipe)
+
+
+@pytest.mark.parametrize("entry", ["embed_tokens", "model.embed_tokens"])
+def test_embeddings_cannot_be_ignored_and_quantized(tiny_model, entry):
+    recipe = make_recipe(method="rtn", group_size=32, embeddings="w8", lm_head="w8", ignore=[entry])
+    with pytest.raises(VLMQError, match=r"ignore: .*remove one of the two"):
+        make_plan(tiny_model, recipe)
+
+
 def test_embeddings_that_vllm_builds_without_a_name_are_refused(make_model):  # noqa: F811
     folder = make_model("internvl")
     config = json.loads((folder / "config.json").read_text())

@@ -82,9 +82,14 @@ def plan_head(
 
 
 def plan_embeddings(
-    tensors: Mapping[str, TensorInfo], layers_prefix: str, recipe: Recipe, config: Mapping[str, Any], record: int
+    tensors: Mapping[str, TensorInfo],
+    layers_prefix: str,
+    recipe: Recipe,
+    config: Mapping[str, Any],
+    record: int,
+    head: LinearPlan | None,
 ) -> LinearPlan | None:
-    """The table of embeddings, whose rows are looked up and not multiplied."""
+    """The table of embeddings, whose rows are looked up and not multiplied; `head`: what becomes of the head."""
     scheme = recipe.part_scheme("embeddings")
     if scheme is None:
         return None
@@ -94,10 +99,10 @@ def plan_embeddings(
             f"embeddings: got {scheme} for a decoder of type {kind!r}, whose embeddings vLLM builds without a name; "
             "leave `embeddings` out"
         )
-    if recipe.lm_head is None and _is_tied(config):
+    if (head is None or head.scheme is None) and _is_tied(config):
         raise VLMQError(
             f"embeddings: got {scheme}, but they are the head's weight too (tie_word_embeddings); give `lm_head` a "
-            "scheme, such as w8, which makes a weight of its own for it"
+            "scheme that fits it, such as w8, which makes a weight of its own for it"
         )
     name = _embedding_name(layers_prefix)
     return plan_linear(tensors, name, record, EMBEDDING_MODULE, scheme, recipe.unfit)

@@ -44,7 +44,7 @@ def make_plan(model: str | Path, recipe: Recipe) -> Plan:
     linears = tuple(plan_linear(tensors, *name, spec.scheme_for(name[0]), recipe.unfit) for name in names)
     vision = plan_vision(tensors, adapter, recipe, config, layers)
     head = plan_head(tensors, prefix, recipe, config, layers + 1)
-    embeddings = plan_embeddings(tensors, prefix, recipe, config, layers + 2)
+    embeddings = plan_embeddings(tensors, prefix, recipe, config, layers + 2, head)
     _check_names(recipe, [linear.name for linear in linears], [linear.name for linear in vision], tensors)
     _check_weighted(recipe, adapter)
     total = sum(t.nbytes for t in tensors.values())
@@ -52,7 +52,13 @@ def make_plan(model: str | Path, recipe: Recipe) -> Plan:
     if not any(linear.scheme for linear in linears):
         raise VLMQError(f"ignore: {list(recipe.ignore or ())} leaves no decoder linear to quantize; remove entries")
     plan = share_scales_dtype(replace(plan, recipe=pin_schemes(recipe, plan.all_linears)))
-    make_spec(plan.recipe, {}).check_fused(linear.name for linear in plan.all_linears)
+    spec = make_spec(plan.recipe, {})
+    spec.check_fused(linear.name for linear in plan.all_linears)
+    ignored = next((linear for linear in plan.quantized if spec.scheme_for(linear.name) is None), None)
+    if ignored is not None:
+        raise VLMQError(
+            f"ignore: an entry fits {ignored.name!r}, which is to be {ignored.scheme}; remove one of the two"
+        )
     return plan
 
 
@@ -131,7 +137,8 @@ def _check_names(recipe: Recipe, linears: list[str], vision: list[str], tensors:
         # Overrides of the tower name it: fc1 alone would pass here and change nothing.
         if not any(is_under(name, entry) for name in (vision if part_of_model(entry) == "vision" else linears)):
             raise VLMQError(
-                f"overrides: {entry!r} fits no linear that is quantized; names look like {linears[0]!r} or 'down_proj'"
+                f"overrides: {entry!r} fits no linear that is quantized; names look like {linears[0]!r} or 'down_proj'; "
+                "head and embeddings have settings of their own, lm_head and embeddings"
             )
     for entry in recipe.ignore or ():
         # lm_head has no tensor of its own where it is tied to the embeddings.

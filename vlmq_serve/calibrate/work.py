@@ -18,6 +18,8 @@ from vlmq_serve.format.headers import read_header, read_json
 from vlmq_serve.format.weight import PackedWeight
 
 _STATE = "state.json"
+_WORK_FORMAT = 2
+"""Goes up when the same recipe and data give other layers than before: half of each would be neither."""
 
 
 def partial_folder(out: Path) -> Path:
@@ -31,7 +33,7 @@ class WorkFolder:
         self.path = partial_folder(out)
         self._plan = plan
         # Through JSON, so that it compares equal to what is read back.
-        self._fingerprint: dict[str, Any] = json.loads(json.dumps(fingerprint))
+        self._fingerprint: dict[str, Any] = json.loads(json.dumps({**fingerprint, "work_format": _WORK_FORMAT}))
 
     def check(self, resume: bool, overwrite: bool) -> None:
         """Refuse to go on with another run's layers, and to delete them unasked."""
