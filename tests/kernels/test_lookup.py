@@ -6,7 +6,7 @@ import torch
 from tests.kernels.weights import random_weight
 from vlmq_serve.format.scheme import ALLOWED_BITS
 from vlmq_serve.format.weight import PackedWeight
-from vlmq_serve.kernels.lookup import lookup
+from vlmq_serve.kernels.lookup import ROWS_AT_ONCE, lookup
 
 pytestmark = pytest.mark.unit
 
@@ -15,7 +15,8 @@ pytestmark = pytest.mark.unit
 @pytest.mark.parametrize("bits", ALLOWED_BITS)
 def test_rows_are_those_of_the_dequantized_table(bits: int, group: int, symmetric: bool) -> None:
     weight = random_weight(50, 192, bits, group, symmetric)
-    for ids in (torch.randint(0, 50, (3, 7)), torch.tensor([49, 0, 0]), torch.empty(0, dtype=torch.int64)):
+    many = torch.randint(0, 50, (ROWS_AT_ONCE + 1,))
+    for ids in (torch.randint(0, 50, (3, 7)), torch.tensor([49, 0, 0]), torch.empty(0, dtype=torch.int64), many):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             got = lookup(ids, weight.qweight, weight.scales, weight.zeros, bits, dtype)
             assert got.dtype == dtype

@@ -217,3 +217,18 @@ def test_compiler_with_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     command = native._compilers()[0]
     assert Path(command[0]).name == "env"
     assert command[1:] == ("LC_ALL=C", "g++")
+
+
+@pytest.mark.parametrize("size", [0, 1000, 100_000])
+def test_a_library_that_was_cut_off_is_built_again(fresh: Path, size: int) -> None:
+    """Loading it would end the process without a word."""
+    assert native.library() is not None
+    (built,) = fresh.glob("*.so")
+    whole = built.stat().st_size
+    assert whole > size
+    # In a process of its own: this one has the library in its memory.
+    os.truncate(shutil.move(shutil.copy(built, fresh / "copy"), built), size)
+    code = "from vlmq_serve.kernels import native; assert native.library() is not None"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert built.stat().st_size == whole

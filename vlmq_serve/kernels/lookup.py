@@ -1,6 +1,7 @@
 """Rows of a packed table of embeddings: gathered as they are stored, then dequantized. Any device, any width.
 
-Few operations on the looked-up rows, all of them elementwise, so that a compiler can make one kernel of them.
+vLLM looks embeddings up outside of compiled graphs where a model has images, so the work is done in few operations, and
+many rows some at a time: what lies between codes and embeddings takes several times their room.
 """
 
 import torch
@@ -8,12 +9,17 @@ from torch import Tensor
 
 from vlmq_serve.format.scheme import CODES_PER_BLOCK, WORD_BITS
 
+ROWS_AT_ONCE = 1024
+
 
 def lookup(
     ids: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, dtype: torch.dtype
 ) -> Tensor:  # fmt: skip
     """Rows `ids` (int64, any shape [...]) of a weight in checkpoint layout (`PackedWeight`; without zeros the middle
     code is the zero), [..., K] in `dtype`: computed in fp32 and rounded once."""
+    if ids.numel() > ROWS_AT_ONCE:
+        parts = [lookup(part, qweight, scales, zeros, bits, dtype) for part in ids.reshape(-1).split(ROWS_AT_ONCE)]
+        return torch.cat(parts).reshape(*ids.shape, -1)
     groups, cols = scales.shape[1], qweight.shape[1] * WORD_BITS // bits
     codes = _codes(qweight[ids], bits)
     zero = 2 ** (bits - 1) if zeros is None else zeros[ids].to(torch.float32)[..., None]

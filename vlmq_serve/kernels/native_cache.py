@@ -4,6 +4,7 @@ there, or be able to change it."""
 import logging
 import os
 import stat
+import struct
 import tempfile
 from collections.abc import Callable
 from functools import lru_cache
@@ -59,7 +60,22 @@ def _usable(path: Path) -> bool:
         status = path.lstat()
     except OSError:
         return False
-    return stat.S_ISREG(status.st_mode) and _ours_alone(status) and os.access(path, os.R_OK)
+    allowed = stat.S_ISREG(status.st_mode) and _ours_alone(status) and os.access(path, os.R_OK)
+    return allowed and _is_whole(path, status.st_size)
+
+
+def _is_whole(path: Path, size: int) -> bool:
+    """Whether a library reaches to the end of its table of sections, which linkers write last: one that a crash has cut
+    off would end the process that loads it. What is no library is refused by the loader, but for an empty file."""
+    with path.open("rb") as file:
+        header = file.read(64)
+    if header[:5] != b"\x7fELF\x02":
+        return size > 0
+    if len(header) < 64:
+        return False
+    (table,) = struct.unpack_from("<Q", header, 40)
+    entry, count = struct.unpack_from("<HH", header, 58)
+    return bool(table + entry * count <= size)
 
 
 def _write(target: Path, build: Callable[[Path], None]) -> None:
@@ -68,6 +84,8 @@ def _write(target: Path, build: Callable[[Path], None]) -> None:
     os.close(handle)
     try:
         build(Path(name))
+        with open(name, "rb") as file:
+            os.fsync(file.fileno())
         os.chmod(name, 0o755)  # whatever the umask: what the group could write would never be loaded
         os.replace(name, target)
     finally:
