@@ -47,9 +47,9 @@ def test_compiled_kernel_is_right(variant: Variant) -> None:
     # The next launch finds its counters at a multiple of what a launch adds.
     if variant.split:
         assert set(late.rounds) == {cases.ROUNDS + 1}
-    # No access of shared memory waits for another's bank, and whole sectors move.
+    # No access of shared memory waits for another's bank, and whole sectors move, but at the edges of tails.
     assert all(late.shared.ratio(kind) <= 1.05 for kind in late.shared.cost)
-    assert all(late.memory.ratio(kind) <= 1.03 for kind in late.memory.cost)
+    assert variant.tails or all(late.memory.ratio(kind) == 1 for kind in late.memory.cost)
 
 
 def test_partial_sums_are_added_in_order() -> None:

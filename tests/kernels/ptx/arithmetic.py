@@ -42,9 +42,11 @@ FUNCTIONS: dict[str, Function] = {
 
 
 def calculate(r: Registers, s: Statement) -> None:
-    """Results of one type, or with `wide` of twice the size; floats exact in fp64 and rounded once."""
+    """Results of one type, or with `wide` of twice the size; floats in fp64, rounded to their type at the end."""
     name, *modifiers, kind = s.parts
     target, *sources = s.operands
+    if not {"lo", "wide", "rn"}.issuperset(modifiers):
+        raise NotImplementedError(s.text)
     if kind in ("f32", "f16", "bf16", "f16x2", "bf16x2"):
         return _calculate_floats(r, s)
     if "wide" in modifiers:
@@ -144,6 +146,8 @@ def convert(r: Registers, s: Statement) -> None:
     """cvt between integers, and between fp32 and 16-bit floats, one or two."""
     target, *sources = s.operands
     to, kind = s.parts[-2:]
+    if not {"rn"}.issuperset(s.parts[1:-2]):
+        raise NotImplementedError(s.text)
     if to in ("bf16", "f16"):
         r.write(target, floats.to_half(r.read(sources[0], np.float32).astype(np.float64), to == "bf16"))
     elif to in ("bf16x2", "f16x2"):

@@ -37,14 +37,16 @@ class Result:
 def case(variant: Variant) -> tuple[Variant, PackedWeight, int, int]:
     """What `run` takes for this variant: a weight, rows of x that do not fill their last tile, parts of K.
 
-    Tails of K need groups that are shorter than every slab, so tails are those of group 32.
+    Two tiles of N, and two of M where they are small. Tails of K need groups that are shorter than every slab, so
+    tails are those of group 32, whatever the variant's name says.
     """
     bits, tile = variant.bits, variant.tile
-    cols, features = STEPS * SLABS[bits][0], tile.rows_n
+    cols, features = STEPS * SLABS[bits][0], 2 * tile.rows_n
     if variant.tails:
         variant, cols, features = replace(variant, group_size=32), cols - 32, features - 24
     weight = random_weight(features, cols, bits, variant.group_size, False, TYPES[variant.dtype])
-    return variant, weight, tile.rows_m if tile.gemv else tile.rows_m + 3, 2 if variant.split else 1
+    rows = tile.rows_m if tile.gemv else tile.rows_m + 3 if tile.rows_m == 8 else tile.rows_m - 3
+    return variant, weight, rows, 2 if variant.split else 1
 
 
 def run(

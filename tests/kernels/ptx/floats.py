@@ -1,4 +1,4 @@
-"""16-bit floats in numpy: bf16 as its bits, every operation exact in fp64 and rounded once."""
+"""16-bit floats in numpy: bf16 as its bits; operations are done in fp64, whose result is rounded to nearest."""
 
 import numpy as np
 

@@ -8,7 +8,8 @@ from collections import Counter
 
 import numpy as np
 
-UNWRITTEN = 0xFF
+from tests.kernels.ptx.registers import UNWRITTEN
+
 SPACE = 40
 """Bits of an address inside one array of global memory; those above number the array."""
 SECTOR, BANKS, WORD = 32, 32, 4

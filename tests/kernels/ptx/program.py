@@ -62,12 +62,12 @@ def parse(text: str) -> Program:
             if label := _LABEL.match(fragment):
                 labels[label[1]] = len(statements)
             elif fragment[0] == "{":
-                scopes.append({})
+                scopes.append(dict(scopes[-1]))
             else:
                 scopes.pop()
             fragment = fragment[label.end() if label else 1 :].strip()
         if fragment.startswith(".reg") and len(scopes) > 1:
-            scopes[-1] = {n: f"{n}#{len(statements)}" for n in re.findall(r"[\w]+", fragment.split(maxsplit=2)[2])}
+            scopes[-1] |= {n: f"{n}#{len(statements)}" for n in re.findall(r"[\w]+", fragment.split(maxsplit=2)[2])}
         elif fragment and fragment[0] != ".":
             statements.append(_statement(fragment, scopes[-1]))
     raise ValueError("the kernel does not end")

@@ -6,6 +6,9 @@ import numpy as np
 
 from tests.kernels.ptx.program import Operand, Statement
 
+UNWRITTEN = 0xFF
+"""In every byte: NaN in every float type."""
+
 
 class Registers:
     """Also which of the lanes run a statement."""
@@ -37,7 +40,9 @@ class Registers:
         if value.dtype != bool:
             value = value.view(f"u{value.itemsize}")
         if not self.whole:
-            value = np.where(self.active, value, self.values.get(operand, np.zeros_like(value)))
+            byte = 0 if value.dtype == bool else UNWRITTEN
+            unwritten = np.full(self.lanes * value.itemsize, byte, np.uint8).view(value.dtype)
+            value = np.where(self.active, value, self.values.get(operand, unwritten))
         self.values[operand] = value
 
     def guard(self, statement: Statement) -> bool:

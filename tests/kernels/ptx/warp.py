@@ -76,7 +76,7 @@ class Warp(Registers):
                 if not self.whole:
                     raise NotImplementedError(f"lanes part ways: {statement.text}")
                 place = self.program.labels[str(statement.operands[-1])]
-            elif kind == "bar":
+            elif statement.parts == ("bar", "sync"):
                 yield
             elif kind not in ORDER_ONLY:
                 self._do(kind, statement)
