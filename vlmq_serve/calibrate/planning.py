@@ -137,8 +137,8 @@ def _check_names(recipe: Recipe, linears: list[str], vision: list[str], tensors:
         # Overrides of the tower name it: fc1 alone would pass here and change nothing.
         if not any(is_under(name, entry) for name in (vision if part_of_model(entry) == "vision" else linears)):
             raise VLMQError(
-                f"overrides: {entry!r} fits no linear that is quantized; names look like {linears[0]!r} or 'down_proj'; "
-                "head and embeddings have settings of their own, lm_head and embeddings"
+                f"overrides: {entry!r} fits no linear that is quantized; names look like {linears[0]!r} or 'down_proj' "
+                "(head and embeddings have settings of their own, lm_head and embeddings)"
             )
     for entry in recipe.ignore or ():
         # lm_head has no tensor of its own where it is tied to the embeddings.
