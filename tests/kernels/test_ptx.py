@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from tests.kernels.ptx import cases, floats
 from tests.kernels.ptx.launch import SHARED_START, Launch
 from tests.kernels.ptx.memory import Traffic
-from tests.kernels.ptx.program import parse
+from tests.kernels.ptx.program import NotModelledError, parse
 from tests.kernels.weights import relative_error
 from vlmq_serve.format.scheme import ALLOWED_BITS, Scheme
 from vlmq_serve.format.weight import PackedWeight
@@ -172,3 +172,9 @@ def test_warps_run_in_any_order_between_barriers(barrier: str) -> None:
     right = [lane ^ 32 for lane in range(64)]
     assert all(f == right for f in found) if barrier else right not in found
     assert SHARED_START % 1024 == 0
+
+
+@pytest.mark.parametrize("statement", ["mul.hi.u32 %r5, %r1, %r1;", "bar.warp.sync -1;", "cvt.rz.bf16.f32 %rs1, %r1;"])
+def test_what_is_not_modelled_is_refused(statement: str) -> None:
+    with pytest.raises(NotModelledError):
+        launch(statement)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tests.kernels.ptx import floats
-from tests.kernels.ptx.program import Statement
+from tests.kernels.ptx.program import NotModelledError, Statement
 from tests.kernels.ptx.registers import Registers
 
 TYPES: dict[str, Any] = {
@@ -46,7 +46,7 @@ def calculate(r: Registers, s: Statement) -> None:
     name, *modifiers, kind = s.parts
     target, *sources = s.operands
     if not {"lo", "wide", "rn"}.issuperset(modifiers):
-        raise NotImplementedError(s.text)
+        raise NotModelledError(s.text)
     if kind in ("f32", "f16", "bf16", "f16x2", "bf16x2"):
         return _calculate_floats(r, s)
     if "wide" in modifiers:
@@ -95,7 +95,7 @@ def extract(r: Registers, s: Statement) -> None:
     """bfe: `length` bits from bit `first` on, signed ones with their sign."""
     target, value, first, length = s.operands
     if not (isinstance(first, int) and isinstance(length, int) and length > 0 and first + length <= 32):
-        raise NotImplementedError(s.text)
+        raise NotModelledError(s.text)
     kind = TYPES[s.parts[-1]]
     up = (r.read(value, np.uint32) << np.uint32(32 - first - length)).view(kind)
     r.write(target, up >> kind.type(32 - length))
@@ -105,7 +105,7 @@ def permute(r: Registers, s: Statement) -> None:
     """prmt: each byte of the result is one of the eight of two registers."""
     target, low, high, selector = s.operands
     if not isinstance(selector, int) or selector & 0x8888:
-        raise NotImplementedError(s.text)
+        raise NotModelledError(s.text)
     kind = np.dtype(np.uint32)
     both = np.concatenate([r.read(o, kind)[:, None].view(np.uint8) for o in (low, high)], axis=1)
     chosen = both[:, [selector >> 4 * place & 0xF for place in range(4)]]
@@ -116,7 +116,7 @@ def look_up(r: Registers, s: Statement) -> None:
     """lop3: bit i of the table is the result where the bits of the three operands are those of i."""
     target, *sources, table = s.operands
     if not isinstance(table, int):
-        raise NotImplementedError(s.text)
+        raise NotModelledError(s.text)
     values = [r.read(o, np.uint32) for o in sources]
     result = np.zeros(r.lanes, np.uint32)
     for i in range(8):
@@ -147,7 +147,7 @@ def convert(r: Registers, s: Statement) -> None:
     target, *sources = s.operands
     to, kind = s.parts[-2:]
     if not {"rn"}.issuperset(s.parts[1:-2]):
-        raise NotImplementedError(s.text)
+        raise NotModelledError(s.text)
     if to in ("bf16", "f16"):
         r.write(target, floats.to_half(r.read(sources[0], np.float32).astype(np.float64), to == "bf16"))
     elif to in ("bf16x2", "f16x2"):
@@ -163,7 +163,7 @@ def shuffle(r: Registers, s: Statement) -> None:
     """shfl.sync bfly and idx over the whole warp."""
     target, value, which, clamp, members = s.operands
     if (clamp, members) != (31, -1):
-        raise NotImplementedError(s.text)
+        raise NotModelledError(s.text)
     lanes, number = np.arange(r.lanes), r.read(which, np.uint32).astype(np.int64)
     source = {"bfly": lanes ^ number, "idx": number & 31}[s.parts[2]]
     r.write(target, r.read(value, np.uint32)[source])
@@ -179,5 +179,5 @@ OPERATIONS = {
 def do(r: Registers, s: Statement) -> None:
     """Run a statement that touches registers only."""
     if s.parts[0] not in OPERATIONS:
-        raise NotImplementedError(f"PTX: {s.text}")
+        raise NotModelledError(s.text)
     OPERATIONS[s.parts[0]](r, s)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tests.kernels.ptx import floats
-from tests.kernels.ptx.program import Operand, Statement
+from tests.kernels.ptx.program import NotModelledError, Operand, Statement
 
 if TYPE_CHECKING:
     from tests.kernels.ptx.warp import Warp
@@ -55,7 +55,7 @@ def _write_sums(warp: "Warp", registers: tuple[Operand, ...], sums: np.ndarray) 
 def multiply(warp: "Warp", s: Statement) -> None:
     """mma.sync m16n8k16."""
     if "m16n8k16" not in s.parts:
-        raise NotImplementedError(s.text)
+        raise NotModelledError(s.text)
     target, a, b, c = (_registers(o) for o in s.operands)
     bf16 = s.parts[-2] == "bf16"
     right = np.empty((16, 8))
@@ -78,7 +78,7 @@ def multiply_group(warp: "Warp", s: Statement) -> None:
         return warp.products.wait(s.operands[0])
     target, a, descriptor, add, *rest = s.operands
     if not isinstance(a, tuple) or rest != [1, 1, 0]:
-        raise NotImplementedError(s.text)
+        raise NotModelledError(s.text)
     where = int(warp.read(descriptor, np.uint64)[0])
     keep = bool(warp.read(add, bool)[0])
     warp.products.add(partial(_multiply_group, warp, _registers(target), a, where, keep, s.parts[-1] == "bf16"))
@@ -97,7 +97,7 @@ def _tile(warp: "Warp", descriptor: int, columns: int, bf16: bool) -> np.ndarray
     """B fp64 [16, columns] whose columns are rows of shared memory, 8 of them together."""
     start, stride = (descriptor & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
     if descriptor >> 49 & 7 or descriptor >> 62 not in SWIZZLES:
-        raise NotImplementedError(f"matrix descriptor {descriptor:#x}")
+        raise NotModelledError(f"matrix descriptor {descriptor:#x}")
     width, mask = SWIZZLES[descriptor >> 62]
     k, n = np.arange(16)[:, None], np.arange(columns)[None, :]
     at = start + n // 8 * stride + n % 8 * width + 2 * k

@@ -6,6 +6,10 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 
+class NotModelledError(Exception):
+    """Valid PTX that our kernels do not contain today: refused, as what is passed over could hide a fault."""
+
+
 class Address(NamedTuple):
     """[base + offset]; base is a register, or the name of a parameter."""
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tests.kernels.ptx.arithmetic import TYPES
-from tests.kernels.ptx.program import Address, Operand, Statement
+from tests.kernels.ptx.program import Address, NotModelledError, Operand, Statement
 
 if TYPE_CHECKING:
     from tests.kernels.ptx.warp import Warp
@@ -68,7 +68,7 @@ def copy(warp: "Warp", s: Statement) -> None:
     assert isinstance(size, int)
     given = warp.read(rest[0] if rest else size, np.uint32)[warp.active]
     if not np.isin(given, (0, size)).all():
-        raise NotImplementedError(f"part of a copy: {s.text}")
+        raise NotModelledError(f"part of a copy: {s.text}")
     places, addresses, read = warp.address(to)[warp.active], warp.address(source)[warp.active], given > 0
     warp.copies.add(partial(_copy, warp, places, addresses, read, size))
 
@@ -83,7 +83,7 @@ def _copy(warp: "Warp", places: np.ndarray, addresses: np.ndarray, read: np.ndar
 def add_atomically(warp: "Warp", s: Statement) -> None:
     """atom.add of 32 bits in global memory, a lane after the other."""
     if s.parts[-2:] != ("add", "u32"):
-        raise NotImplementedError(s.text)
+        raise NotModelledError(s.text)
     target, address, value = s.operands
     at, values = warp.address(address), warp.read(value, np.uint32)
     before = np.zeros(warp.lanes, np.uint32)

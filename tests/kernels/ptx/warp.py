@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tests.kernels.ptx import arithmetic, matrix, transfers
-from tests.kernels.ptx.program import Address, Operand, Program, Statement
+from tests.kernels.ptx.program import Address, NotModelledError, Operand, Program, Statement
 from tests.kernels.ptx.registers import Registers
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Warp(Registers):
                 return
             if kind == "bra":
                 if not self.whole:
-                    raise NotImplementedError(f"lanes part ways: {statement.text}")
+                    raise NotModelledError(f"lanes part ways: {statement.text}")
                 place = self.program.labels[str(statement.operands[-1])]
             elif statement.parts == ("bar", "sync"):
                 yield
