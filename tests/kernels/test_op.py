@@ -8,7 +8,18 @@ import torch
 
 from vlmq_serve.format.scheme import Scheme
 from vlmq_serve.format.weight import PackedWeight
-from vlmq_serve.kernels import PreparedWeight, ensure_registered, gemm, linear, prepare
+from vlmq_serve.kernels import (
+    PreparedWeight,
+    choice,
+    ensure_registered,
+    gemm,
+    integer,
+    linear,
+    native,
+    native_op,
+    op,
+    prepare,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -26,12 +37,87 @@ def arguments(x: torch.Tensor, w: PreparedWeight) -> tuple[object, ...]:
     return (x, w.qdata, w.scales, w.zeros, w.bits, w.group_size, w.out_features, w.path)
 
 
-@pytest.mark.parametrize("path", ["reference", "cpu_dequant", None])
-@pytest.mark.parametrize("shape", [(5, 128), (2, 3, 128), (0, 128)])
-def test_opcheck(path: str | None, shape: tuple[int, ...]) -> None:
+def integer_arguments(x: torch.Tensor, w: PreparedWeight) -> tuple[object, ...]:
+    return (x, w.qdata, w.scales, w.zeros, w.bits, w.out_features, choice.ACTIVATION_BITS[w.path])
+
+
+SHAPES = [(5, 128), (2, 3, 128), (128,), (0, 128)]
+compiled = pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or a CPU without AVX2")
+
+
+@pytest.mark.parametrize("path", ["reference", "cpu_dequant"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_opcheck(path: str, shape: tuple[int, ...]) -> None:
     prepared = small(path=path)
     x = torch.randn(shape).bfloat16()
     torch.library.opcheck(torch.ops.vlmq.gemm.default, arguments(x, prepared))
+
+
+@compiled
+@pytest.mark.parametrize("path", ["cpu_int16", "cpu_int8"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_opcheck_of_integer_products(path: str, shape: tuple[int, ...]) -> None:
+    prepared = small(path=path)
+    x = torch.randn(shape).bfloat16()
+    torch.library.opcheck(torch.ops.vlmq.gemm_integer.default, integer_arguments(x, prepared))
+
+
+@compiled
+@pytest.mark.parametrize("x_bits", [16, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_operator_in_cpp_does_what_the_one_in_python_does(dtype: torch.dtype, x_bits: int) -> None:
+    """Slices, rows beyond one pass, several dimensions, none at all."""
+    assert native_op.register(integer.dense_rows()), "the C++ operator did not compile"
+    prepared = small(dtype, path="cpu_int16")
+    rows = native.library().vlmq_max_rows() + 3  # type: ignore[union-attr]
+    wide = torch.randn(rows, 200).to(dtype)
+    for x in (
+        wide[:, 8:136], wide[::2, :128], wide.t()[:200].t()[:5, :128], wide[:, 40:168].t().contiguous().t(),
+        wide[:6, :128].reshape(2, 3, 128), wide[0, :128], wide[:0, :128], wide[:0, :128].reshape(0, 2, 128),
+    ):  # fmt: skip
+        given = (x, prepared.qdata, prepared.scales, prepared.zeros, prepared.bits, prepared.out_features, x_bits)
+        got, expected = torch.ops.vlmq.gemm_integer(*given), op._gemm_integer(*given)
+        assert torch.equal(got, expected)
+        assert (got.dtype, got.shape, got.stride()) == (expected.dtype, expected.shape, expected.stride())
+
+
+@compiled
+def test_operator_in_cpp_refuses_other_types() -> None:
+    prepared = small(path="cpu_int16")
+    with pytest.raises(RuntimeError, match="float32, bfloat16 and float16"):
+        torch.ops.vlmq.gemm_integer(*integer_arguments(torch.zeros(1, 128, dtype=torch.float64), prepared))
+
+
+@compiled
+def test_operator_in_cpp_leaves_many_rows_to_the_dense_product() -> None:
+    """As it does on a CPU with AMX."""
+    prepared = small(path="cpu_int16")
+    x = torch.randn(2, 5, 128).bfloat16()
+    given = (x, prepared.qdata, prepared.scales, prepared.zeros, prepared.bits, prepared.out_features)
+    assert native_op.register(10)
+    try:
+        assert torch.equal(torch.ops.vlmq.gemm_integer(*given, 16), torch.ops.vlmq.gemm_dense(*given))
+        fewer = x[:, :4]
+        assert torch.equal(torch.ops.vlmq.gemm_integer(fewer, *given[1:], 16), op._gemm_integer(fewer, *given[1:], 16))
+    finally:
+        native_op.register.cache_clear()
+        assert native_op.register(integer.dense_rows())
+
+
+@compiled
+def test_without_the_operator_in_cpp() -> None:
+    """Where torch's headers are missing the same kernels serve, called through Python."""
+    code = (
+        "import torch, logging; logging.basicConfig(level=logging.INFO)\n"
+        "from tests.kernels.test_op import small\n"
+        "from vlmq_serve.kernels import linear, native_op\n"
+        "native_op.Path = lambda _: __import__('pathlib').Path('/nowhere/torch')\n"
+        "torch.manual_seed(0); x = torch.randn(3, 128).bfloat16()\n"
+        "assert torch.equal(linear(x, small(path='cpu_int16'))[:2], linear(x[:2], small(path='cpu_int16')))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "called through Python" in done.stderr
 
 
 def test_registration_is_idempotent() -> None:

@@ -59,6 +59,11 @@ def _in_blocks(values: Tensor, pad: int) -> Tensor:
     return padded.reshape(-1, BLOCK_ROWS, values.shape[1]).transpose(1, 2).contiguous()
 
 
+def dense_rows() -> int | None:
+    """Rows of bf16 x from which `gemm_dense` serves here, if it does."""
+    return DENSE_ROWS if "amx_bf16" in native.cpu_flags() else None
+
+
 def gemm_integer(
     x: Tensor, qdata: Tensor, scales: Tensor, zeros: Tensor, bits: int, out_features: int, x_bits: int = 16,
     isa: str | None = None,
@@ -67,7 +72,10 @@ def gemm_integer(
 
     Many rows of bf16 on a CPU with AMX are multiplied without rounding x. `isa` forces one of `native.supported_isas`.
     """
-    if x.dtype == torch.bfloat16 and x.shape[0] >= DENSE_ROWS and "amx_bf16" in native.cpu_flags():
+    if x.shape[0] == 0:
+        return x.new_empty((0, out_features))
+    least = dense_rows()
+    if x.dtype == torch.bfloat16 and least is not None and x.shape[0] >= least:
         return gemm_dense(x, qdata, scales, zeros, bits, out_features, isa)
     library = _loaded(isa)
     if x.stride(1) != 1:

@@ -5,24 +5,18 @@ name it: a home directory shared by unlike machines is safe.
 """
 
 import ctypes
-import hashlib
 import logging
-import os
-import shutil
-import subprocess
 from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
 
-from vlmq_serve.kernels.native_cache import kept
+from vlmq_serve.kernels import native_build
 
-SOURCES = Path(__file__).parent / "cpp"
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "f16c", "fma")
 ISAS = {"avx2": ("avx2", "f16c", "fma"), "avx512": _AVX512, "avx512_vnni": (*_AVX512, "avx512_vnni")}
 """By name the features that a build needs, as Linux calls them; worst first."""
-FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fvisibility=hidden")
-COMPILERS = ("g++", "clang++", "c++")
+FLAGS = ("-fopenmp",)
 
 logger = logging.getLogger(__name__)
 
@@ -55,57 +49,19 @@ def library(isa: str | None = None) -> ctypes.CDLL | None:
         return library(found[-1])
     if isa is None or isa not in found:
         return None
-    loaded, failures = _first_that_works(isa)
+    flags = (*FLAGS, *(f"-m{feature.replace('_', '')}" for feature in ISAS[isa]))
+    loaded, failures = native_build.load(f"integer-{isa}", "integer.cpp", flags)
     if failures:
         serves = "slower kernels serve" if loaded is None else "another compiler's serve"
         logger.warning("compiling the CPU kernels failed, %s\n%s", serves, "\n".join(failures))
     elif loaded is None:
         logger.warning(
             "no C++ compiler (CXX, %s): slower CPU kernels serve; install one, for example with `apt install g++`",
-            ", ".join(COMPILERS),
+            ", ".join(native_build.COMPILERS),
         )
-    return loaded
-
-
-def _first_that_works(isa: str) -> tuple[ctypes.CDLL | None, list[str]]:
-    """The kernels by the first compiler whose build can be loaded, and what the ones before it said."""
-    failures = []
-    for compiler in _compilers():
-        try:
-            loaded = ctypes.CDLL(str(_built(compiler, isa)))
-        except (OSError, subprocess.SubprocessError) as error:
-            said = getattr(error, "stderr", None) or str(error)
-            failures.append(f"{' '.join(compiler)}: {said.strip()[-2000:]}")
-            continue
+    if loaded is not None:
         _declare(loaded)
-        return loaded, failures
-    return None, failures
-
-
-def _compilers() -> list[tuple[str, ...]]:
-    """The commands that there are, in the order to try; CXX may hold arguments, as in `ccache g++`."""
-    names = (text.split() for text in (os.environ.get("CXX", ""), *COMPILERS))
-    commands = ((path, *name[1:]) for name in names if name and (path := shutil.which(name[0])))
-    return list(dict.fromkeys(commands))
-
-
-def _run(command: tuple[str, ...], timeout: int) -> str:
-    # A compiler speaks the user's language, perhaps not in the encoding that Python expects.
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout, check=True)
-    return done.stdout
-
-
-def _built(compiler: tuple[str, ...], isa: str) -> Path:
-    """Path of the shared object, compiled unless the cache holds it."""
-    flags = (*compiler[1:], *FLAGS, *(f"-m{feature.replace('_', '')}" for feature in ISAS[isa]))
-    version = _run((*compiler, "--version"), 60)
-    sources = [path.read_bytes() for path in sorted(SOURCES.iterdir())]
-    key = hashlib.sha256(b"\0".join([*sources, version.encode(), " ".join(flags).encode()])).hexdigest()[:16]
-
-    def build(path: Path) -> None:
-        _run((compiler[0], *flags, str(SOURCES / "integer.cpp"), "-o", str(path)), 600)
-
-    return kept(f"integer-{isa}-{key}.so", build)
+    return loaded
 
 
 def _declare(loaded: ctypes.CDLL) -> None:

@@ -26,10 +26,16 @@ def kept(name: str, build: Callable[[Path], None]) -> Path:
         if not os.access(folder, os.W_OK):
             reason = f"{name} is not there, and the folder cannot be written"
     if reason is not None:
-        logger.warning("compiled CPU kernels are not kept in %s, and each process compiles its own: %s", folder, reason)
+        _warn(folder, reason)
         folder = Path(_temporary_folder().name)
     _write(folder / name, build)
     return folder / name
+
+
+@lru_cache(maxsize=16)
+def _warn(folder: Path, reason: str) -> None:
+    """Once, though several libraries may be wanted."""
+    logger.warning("compiled CPU kernels are not kept in %s, and each process compiles its own: %s", folder, reason)
 
 
 def cache_folder() -> Path:

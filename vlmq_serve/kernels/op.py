@@ -1,38 +1,57 @@
-"""The custom operator `vlmq::gemm`: one entry for every path, opaque to torch.compile."""
+"""The custom operators: `vlmq::gemm_integer` for integer products on CPUs, `vlmq::gemm` for every other path; both
+opaque to torch.compile."""
+
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from vlmq_serve.kernels import choice, cpu, integer, reference
+from vlmq_serve.kernels import choice, cpu, integer, native_op, reference
 
-NAME = "gemm"
-SCHEMA = (
-    "gemm(Tensor x, Tensor qdata, Tensor scales, Tensor zeros, int bits, int group_size, int out_features, str path)"
-    " -> Tensor"
+_WEIGHT = "Tensor qdata, Tensor scales, Tensor zeros, int bits"
+SCHEMAS = (
+    f"gemm(Tensor x, {_WEIGHT}, int group_size, int out_features, str path) -> Tensor",
+    f"gemm_integer(Tensor x, {_WEIGHT}, int out_features, int x_bits) -> Tensor",
+    f"gemm_dense(Tensor x, {_WEIGHT}, int out_features) -> Tensor",
 )
-_library: torch.library.Library | None = None
+"""The last is what the second calls for many rows on a CPU with AMX."""
 
 
-def ensure_registered() -> None:
-    """Register the operator; safe to call any number of times."""
-    global _library
-    if _library is not None:
-        return
+@cache
+def ensure_registered() -> torch.library.Library:
+    """Register the operators; safe to call any number of times. They live as long as what is returned, which is kept.
+
+    `gemm_integer` is implemented by `ensure_integer`, as that may compile.
+    """
     library = torch.library.Library("vlmq", "FRAGMENT")
-    library.define(SCHEMA)
+    for schema in SCHEMAS:
+        library.define(schema)
     for key in ("CPU", "CUDA"):
-        library.impl(NAME, _gemm, key)
+        library.impl("gemm", _gemm, key)
+    library.impl("gemm_dense", _gemm_dense, "CPU")
     torch.library.register_fake("vlmq::gemm", _gemm_fake, lib=library)
-    # The registration lives as long as this object.
-    _library = library
+    torch.library.register_fake("vlmq::gemm_integer", _gemm_integer_fake, lib=library)
+    return library
+
+
+@cache
+def ensure_integer() -> None:
+    """Implement `gemm_integer`, in C++ where that compiles; safe to call any number of times."""
+    library = ensure_registered()
+    if not native_op.register(integer.dense_rows()):
+        library.impl("gemm_integer", _gemm_integer, "CPU")
 
 
 def gemm(
     x: Tensor, qdata: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int, out_features: int, path: str
 ) -> Tensor:
     """x [..., K] times a prepared weight (the fields of `PreparedWeight`), [..., N] in the dtype of x."""
-    ensure_registered()
-    y: Tensor = torch.ops.vlmq.gemm(x, qdata, scales, zeros, bits, group_size, out_features, path)
+    x_bits = choice.ACTIVATION_BITS.get(path)
+    y: Tensor
+    if x_bits is None:
+        y = torch.ops.vlmq.gemm.default(x, qdata, scales, zeros, bits, group_size, out_features, path)
+    else:
+        y = torch.ops.vlmq.gemm_integer.default(x, qdata, scales, zeros, bits, out_features, x_bits)
     return y
 
 
@@ -47,18 +66,38 @@ def _gemm(
 
         weight = triton_path.Operand(qdata, scales, bits, group_size, out_features, rows.shape[1])
         y = triton_path.gemm(rows, weight, choice.TRITON_KINDS[path])
-    elif path in choice.ACTIVATION_BITS:
-        y = integer.gemm_integer(rows, qdata, scales, zeros, bits, out_features, choice.ACTIVATION_BITS[path])
     elif path == choice.CPU_INT4:
         y = cpu.gemm_int4(rows, qdata, scales, zeros, out_features)
     elif path == choice.CPU_DEQUANT:
         y = cpu.gemm_dequant(rows, qdata, scales, zeros, out_features)
-    else:
+    elif path == choice.REFERENCE:
         y = reference.gemm(rows, qdata, scales, zeros, bits, group_size)
+    else:
+        raise ValueError(
+            f"vlmq::gemm: got path {path!r}, which it does not have; delete graphs that an older version compiled"
+        )
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], out_features)
 
 
 def _gemm_fake(
     x: Tensor, qdata: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int, out_features: int, path: str
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _gemm_integer(
+    x: Tensor, qdata: Tensor, scales: Tensor, zeros: Tensor, bits: int, out_features: int, x_bits: int
+) -> Tensor:
+    y = integer.gemm_integer(x.reshape(-1, x.shape[-1]), qdata, scales, zeros, bits, out_features, x_bits)
+    return y.reshape(*x.shape[:-1], out_features)
+
+
+def _gemm_dense(x: Tensor, qdata: Tensor, scales: Tensor, zeros: Tensor, bits: int, out_features: int) -> Tensor:
+    y = integer.gemm_dense(x.reshape(-1, x.shape[-1]), qdata, scales, zeros, bits, out_features)
+    return y.reshape(*x.shape[:-1], out_features)
+
+
+def _gemm_integer_fake(
+    x: Tensor, qdata: Tensor, scales: Tensor, zeros: Tensor, bits: int, out_features: int, x_bits: int
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))

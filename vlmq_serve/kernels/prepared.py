@@ -11,7 +11,7 @@ from vlmq_serve.kernels import choice, cpu, scratch
 from vlmq_serve.kernels.gpu import gpu_of
 from vlmq_serve.kernels.integer import prepare_integer
 from vlmq_serve.kernels.nibbles import ROW_PAD, int4_kernel_block
-from vlmq_serve.kernels.op import ensure_registered
+from vlmq_serve.kernels.op import ensure_integer, ensure_registered, gemm
 from vlmq_serve.kernels.plan import describe
 
 if TYPE_CHECKING:
@@ -59,7 +59,11 @@ def prepare(
     qdata, scales, zeros = (t.to(device) for t in _repack(weight, dtype, path))
     group = scheme.group_length(cols)
     prepared = PreparedWeight(qdata, scales, zeros, scheme.bits, group, rows, cols, path)
-    family = _make_ready(prepared) if path in choice.TRITON_KINDS else ""
+    family = ""
+    if path in choice.TRITON_KINDS:
+        family = _make_ready(prepared)
+    elif path in choice.ACTIVATION_BITS:
+        ensure_integer()
     choice.log_choice(path, scheme.bits, group, (rows, cols), dtype, prepared.nbytes, family)
     return prepared
 
@@ -102,7 +106,6 @@ def _repack(weight: PackedWeight, dtype: torch.dtype, path: str) -> tuple[Tensor
 
 def linear(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Tensor:
     """x [..., K] @ W.T + bias, [..., N] in the dtype of x."""
-    y: Tensor = torch.ops.vlmq.gemm(
-        x, weight.qdata, weight.scales, weight.zeros, weight.bits, weight.group_size, weight.out_features, weight.path
-    )
+    w = weight
+    y = gemm(x, w.qdata, w.scales, w.zeros, w.bits, w.group_size, w.out_features, w.path)
     return y if bias is None else y + bias

@@ -1,0 +1,56 @@
+"""Compiling C++ with the compiler that the user has; what was built is kept (`native_cache`)."""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from vlmq_serve.kernels.native_cache import kept
+
+SOURCES = Path(__file__).parent / "cpp"
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden")
+COMPILERS = ("g++", "clang++", "c++")
+
+
+def load(
+    name: str, source: str, flags: Sequence[str], links: Sequence[str] = ()
+) -> tuple[ctypes.CDLL | None, list[str]]:
+    """The library of `source` by the first compiler whose build can be loaded, and what the ones before it said; both
+    empty where there is no compiler. `name` begins the file's; `links` come after the source."""
+    failures: list[str] = []
+    for compiler in _compilers():
+        try:
+            return ctypes.CDLL(str(_built(compiler, name, source, flags, links))), failures
+        except (OSError, subprocess.SubprocessError) as error:
+            said = getattr(error, "stderr", None) or str(error)
+            failures.append(f"{' '.join(compiler)}: {said.strip()[-2000:]}")
+    return None, failures
+
+
+def _compilers() -> list[tuple[str, ...]]:
+    """The commands that there are, in the order to try; CXX may hold arguments, as in `ccache g++`."""
+    names = (text.split() for text in (os.environ.get("CXX", ""), *COMPILERS))
+    commands = ((path, *name[1:]) for name in names if name and (path := shutil.which(name[0])))
+    return list(dict.fromkeys(commands))
+
+
+def _run(command: tuple[str, ...], timeout: int) -> str:
+    # A compiler speaks the user's language, perhaps not in the encoding that Python expects.
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout, check=True)
+    return done.stdout
+
+
+def _built(compiler: tuple[str, ...], name: str, source: str, flags: Sequence[str], links: Sequence[str]) -> Path:
+    """Path of the shared object, compiled unless the cache holds it."""
+    options = (*compiler[1:], *FLAGS, *flags)
+    version = _run((*compiler, "--version"), 60)
+    sources = [path.read_bytes() for path in sorted(SOURCES.iterdir())]
+    key = hashlib.sha256(b"\0".join([*sources, version.encode(), " ".join([*options, *links]).encode()]))
+
+    def build(path: Path) -> None:
+        _run((compiler[0], *options, str(SOURCES / source), *links, "-o", str(path)), 600)
+
+    return kept(f"{name}-{key.hexdigest()[:16]}.so", build)
