@@ -1,11 +1,14 @@
 """Ask an OpenAI-compatible server about a picture.
 
 python examples/ask.py http://localhost:8000/v1 photo.jpg "What is on the sign?"
+
+A server that asks for a key gets that in OPENAI_API_KEY.
 """
 
 import argparse
 import base64
 import mimetypes
+import os
 import sys
 from pathlib import Path
 
@@ -36,7 +39,7 @@ def ask(base_url: str, image_url: str, question: str) -> None:
     """Write the answer of the server's first model to stdout, piece by piece."""
     content = [{"type": "image_url", "image_url": {"url": image_url}}, {"type": "text", "text": question}]
     messages = [{"role": "user", "content": content}]
-    client = openai.OpenAI(base_url=base_url, api_key="none")
+    client = openai.OpenAI(base_url=base_url, api_key=os.environ.get("OPENAI_API_KEY") or "none")
     model = client.models.list().data[0].id
     for chunk in client.chat.completions.create(model=model, messages=messages, temperature=0, stream=True):
         sys.stdout.write(chunk.choices[0].delta.content or "")

@@ -3,11 +3,13 @@
 python examples/latency.py http://localhost:8000/v1 "What is on the sign?" photos/*.jpg --concurrency 4
 
 One request per picture; a server keeps what it computed for a picture, so the same one twice is answered sooner.
+A server that asks for a key gets that in OPENAI_API_KEY.
 """
 
 import argparse
 import base64
 import mimetypes
+import os
 import statistics
 import sys
 import time
@@ -19,7 +21,7 @@ import openai
 
 
 def main() -> None:
-    """Ask about every picture; print the median and the 90th percentile."""
+    """Ask about every picture; print the median and the 90th percentile, or one line and status 1 where that fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base_url")
     parser.add_argument("question")
@@ -27,7 +29,28 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=1)
     parser.add_argument("--max-tokens", type=int, default=64)
     options = parser.parse_args()
-    client = openai.OpenAI(base_url=options.base_url, api_key="none")
+    pictures = [image(path) for path in options.images]  # before the first request: a wrong name costs no waiting
+    try:
+        measure(options, pictures)
+    except openai.APIConnectionError:
+        sys.exit(f"error: no server answers at {options.base_url}")
+    except openai.APIError as error:
+        sys.exit(f"error: {options.base_url} refuses the request ({' '.join(error.message.split())})")
+
+
+def image(path: Path) -> dict[str, Any]:
+    """The part of a message that holds a picture."""
+    kind = mimetypes.guess_type(path.name)[0] or "image/png"
+    try:
+        url = f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    except OSError as error:
+        sys.exit(f"error: {path} cannot be read ({error.strerror})")
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def measure(options: argparse.Namespace, pictures: list[dict[str, Any]]) -> None:
+    """Ask about all pictures, `concurrency` at a time, and print what it took."""
+    client = openai.OpenAI(base_url=options.base_url, api_key=os.environ.get("OPENAI_API_KEY") or "none")
     request = {"model": client.models.list().data[0].id, "max_tokens": options.max_tokens, "temperature": 0}
 
     def ask(*content: dict[str, Any]) -> tuple[float, float, int]:
@@ -37,19 +60,12 @@ def main() -> None:
     ask(question)  # the first request pays for what the server sets up lazily
     started = time.perf_counter()
     with ThreadPoolExecutor(options.concurrency) as pool:
-        answers = [*pool.map(lambda path: ask(image(path), question), options.images)]
+        answers = [*pool.map(lambda picture: ask(picture, question), pictures)]
     seconds = time.perf_counter() - started
     show("time to first token, ms", [1000 * first for first, _, _ in answers])
     show("time per later token, ms", [1000 * (last - first) / (n - 1) for first, last, n in answers if n > 1])
     tokens = sum(n for _, _, n in answers)
     sys.stdout.write(f"{len(answers)} answers, {tokens} tokens, {tokens / seconds:.1f} tokens/s\n")
-
-
-def image(path: Path) -> dict[str, Any]:
-    """The part of a message that holds a picture."""
-    kind = mimetypes.guess_type(path.name)[0] or "image/png"
-    url = f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
-    return {"type": "image_url", "image_url": {"url": url}}
 
 
 def timed(client: openai.OpenAI, request: dict[str, Any]) -> tuple[float, float, int]:
