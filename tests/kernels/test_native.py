@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,6 +121,56 @@ def test_cache_that_cannot_be_written(fresh: Path, monkeypatch: pytest.MonkeyPat
     (fresh / "file").write_text("")
     monkeypatch.setenv(native_cache.CACHE_ENVIRONMENT, str(fresh / "file" / "below"))
     assert native.library() is not None
+
+
+@pytest.fixture
+def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A disk of 64 KiB, which is less than the kernels take."""
+    folder = tmp_path_factory.mktemp("disk")
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k,mode=700", "none", folder], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("needs to mount a disk, which only root may")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk(
+    small_disk: Path, fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The kernels are compiled elsewhere, for this process."""
+    monkeypatch.setenv(native_cache.CACHE_ENVIRONMENT, str(small_disk))
+    assert native.library() is not None
+    (record,) = caplog.records
+    assert f"the disk of {small_disk} is full; free some space, or set VLMQ_CACHE" in record.getMessage()
+    assert list(small_disk.iterdir()) == []
+
+
+def test_full_disks_everywhere(
+    small_disk: Path, fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One message for each folder, and none that blames the compilers."""
+    cache, temporary = small_disk / "cache", small_disk / "temporary"
+    temporary.mkdir(mode=0o700)
+    monkeypatch.setenv(native_cache.CACHE_ENVIRONMENT, str(cache))
+    monkeypatch.setattr(native_cache, "_temporary_folder", lambda: SimpleNamespace(name=str(temporary)))
+    assert native.library() is None
+    first, second = (record.getMessage() for record in caplog.records)
+    assert f"the disk of {cache} is full" in first
+    assert f"slower kernels serve\nthe disk of {temporary} is full; free some space, or set VLMQ_CACHE" in second
+    assert "g++" not in second
+
+
+def test_a_full_disk_that_the_system_tells_of(fresh: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Another build than a compiler's; the device is full by its nature."""
+
+    def build(path: Path) -> None:
+        (Path("/dev/full") if path.parent.parent == fresh else path).write_text("built")
+
+    assert native_cache.kept("kernels.so", build).read_text() == "built"
+    assert f"the disk of {fresh} is full" in caplog.text
+    assert list(fresh.iterdir()) == []
 
 
 def mark(path: Path) -> None:

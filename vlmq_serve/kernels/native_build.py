@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlmq_serve.kernels.native_cache import kept
+from vlmq_serve.kernels.native_cache import NoRoom, kept
 
 SOURCES = Path(__file__).parent / "cpp"
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden")
@@ -19,11 +19,14 @@ def load(
     name: str, source: str, flags: Sequence[str], links: Sequence[str] = ()
 ) -> tuple[ctypes.CDLL | None, list[str]]:
     """The library of `source` by the first compiler whose build can be loaded, and what the ones before it said; both
-    empty where there is no compiler. `name` begins the file's; `links` come after the source."""
+    empty where there is no compiler. `name` begins the file's; `links` come after the source. Where the disk is full
+    the other compilers are not tried."""
     failures: list[str] = []
     for compiler in _compilers():
         try:
             return ctypes.CDLL(str(_built(compiler, name, source, flags, links))), failures
+        except NoRoom as error:
+            return None, [*failures, str(error)]
         except (OSError, subprocess.SubprocessError) as error:
             said = getattr(error, "stderr", None) or str(error)
             failures.append(f"{' '.join(compiler)}: {said.strip()[-2000:]}")
@@ -37,9 +40,13 @@ def _compilers() -> list[tuple[str, ...]]:
     return list(dict.fromkeys(commands))
 
 
-def _run(command: tuple[str, ...], timeout: int) -> str:
-    # A compiler speaks the user's language, perhaps not in the encoding that Python expects.
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout, check=True)
+def _run(command: tuple[str, ...], timeout: int, **variables: str) -> str:
+    """What it prints, in English: a compiler's version is part of a file's name, its words tell that a disk is full."""
+    environment = {**os.environ, "LC_ALL": "C", **variables}
+    # Names of files come in whatever encoding the user has.
+    done = subprocess.run(
+        command, capture_output=True, text=True, errors="replace", timeout=timeout, check=True, env=environment
+    )
     return done.stdout
 
 
@@ -51,6 +58,7 @@ def _built(compiler: tuple[str, ...], name: str, source: str, flags: Sequence[st
     key = hashlib.sha256(b"\0".join([*sources, version.encode(), " ".join([*options, *links]).encode()]))
 
     def build(path: Path) -> None:
-        _run((compiler[0], *options, str(SOURCES / source), *links, "-o", str(path)), 600)
+        # What lies between source and library goes to the same folder, as that is the one known to have room or not.
+        _run((compiler[0], *options, str(SOURCES / source), *links, "-o", str(path)), 600, TMPDIR=str(path.parent))
 
     return kept(f"{name}-{key.hexdigest()[:16]}.so", build)

@@ -1,10 +1,12 @@
 """Where the compiled kernels are kept. What lies there is loaded and run: nobody but root and this user may have put it
 there, or be able to change it."""
 
+import errno
 import logging
 import os
 import stat
 import struct
+import subprocess
 import tempfile
 from collections.abc import Callable
 from functools import lru_cache
@@ -15,21 +17,26 @@ CACHE_ENVIRONMENT = "VLMQ_CACHE"
 logger = logging.getLogger(__name__)
 
 
+class NoRoom(Exception):
+    """A disk is full; the text says which and what to do."""
+
+
 def kept(name: str, build: Callable[[Path], None]) -> Path:
     """The file `name` of the cache; where it is not there `build` writes it, for this process alone if the cache cannot
-    be written."""
+    be written. `build` may leave other files beside the path that it is given."""
     folder = cache_folder()
     reason = _fault(folder)
     if reason is None:
         if _usable(folder / name):
             return folder / name
-        if not os.access(folder, os.W_OK):
+        try:
+            if os.access(folder, os.W_OK):
+                return _write(folder / name, build)
             reason = f"{name} is not there, and the folder cannot be written"
-    if reason is not None:
-        _warn(folder, reason)
-        folder = Path(_temporary_folder().name)
-    _write(folder / name, build)
-    return folder / name
+        except NoRoom as error:
+            reason = str(error)
+    _warn(folder, reason)
+    return _write(Path(_temporary_folder().name, name), build)
 
 
 @lru_cache(maxsize=16)
@@ -84,18 +91,29 @@ def _is_whole(path: Path, size: int) -> bool:
     return bool(table + entry * count <= size)
 
 
-def _write(target: Path, build: Callable[[Path], None]) -> None:
-    """Written under another name and moved, as several processes may build at once."""
-    handle, name = tempfile.mkstemp(suffix=target.suffix, dir=target.parent)
-    os.close(handle)
+def _write(target: Path, build: Callable[[Path], None]) -> Path:
+    """`target`, written in a folder of its own and moved, as several processes may build at once."""
     try:
-        build(Path(name))
-        with open(name, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(name, 0o755)  # whatever the umask: what the group could write would never be loaded
-        os.replace(name, target)
-    finally:
-        Path(name).unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, ignore_cleanup_errors=True) as staging:
+            path = Path(staging, target.name)
+            build(path)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            path.chmod(0o755)  # whatever the umask: what the group could write would never be loaded
+            return path.replace(target)
+    except (OSError, subprocess.SubprocessError) as error:
+        if not _tells_of_full_disk(error):
+            raise
+        raise NoRoom(
+            f"the disk of {target.parent} is full; free some space, or set {CACHE_ENVIRONMENT} to a folder on another"
+        ) from error
+
+
+def _tells_of_full_disk(error: Exception) -> bool:
+    """Whether the system, or a compiler in the system's words, has found no room."""
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    said = getattr(error, "stderr", None) or ""
+    return getattr(error, "errno", None) in codes or any(os.strerror(code) in said for code in codes)
 
 
 @lru_cache(maxsize=1)
