@@ -1,10 +1,12 @@
 """How the C++ kernels are compiled, kept and found again."""
 
+import ctypes
 import logging
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -198,6 +200,11 @@ def give_away(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
 
 
+def needs_root() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give folders away")
+
+
 def forbid_writing(monkeypatch: pytest.MonkeyPatch) -> None:
     """As for a user to whom the folder does not belong; root could write there all the same."""
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
@@ -245,6 +252,79 @@ def test_cache_of_somebody_else(fresh: Path, monkeypatch: pytest.MonkeyPatch) ->
     put(fresh)
     give_away(fresh, monkeypatch)
     assert found() == "built"
+
+
+@pytest.mark.parametrize(
+    ("mode", "owner", "group"),
+    [(0o777, 0, 0), (0o757, 0, 0), (0o775, 0, 12345), (0o755, 12345, 0), (0o1777, 12345, 0)],
+)
+def test_a_cache_in_whose_place_others_could_put_another(
+    mode: int, owner: int, group: int, fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    above = fresh / "above"
+    cache = above / "between" / "cache"
+    cache.mkdir(mode=0o700, parents=True)
+    put(cache)
+    if (owner, group) != (0, 0):
+        needs_root()
+        os.chown(above, owner, group)
+    above.chmod(mode)
+    monkeypatch.setenv(native_cache.CACHE_ENVIRONMENT, str(cache))
+    assert found() == "built"
+    assert f"each process compiles its own: {above}, in which it lies, must belong to this user" in caplog.text
+    assert "set VLMQ_CACHE to another folder" in caplog.text
+
+
+@pytest.mark.parametrize("mode", [0o1777, 0o1775, 0o775, 0o755, 0o555])
+def test_a_cache_in_an_ordinary_folder(
+    mode: int, fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One as /tmp, and one that is its owner's and that of the group that is its owner alone."""
+    if mode == 0o775:
+        needs_root()  # whose group is such a one everywhere
+    above = fresh / "above"
+    (above / "cache").mkdir(mode=0o700, parents=True)
+    put(above / "cache")
+    above.chmod(mode)
+    monkeypatch.setenv(native_cache.CACHE_ENVIRONMENT, str(above / "cache"))
+    assert found() == "kept"
+    assert not caplog.records
+
+
+def test_a_link_to_the_cache_is_followed_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is loaded lies where it was checked, though the link could change in between."""
+    (fresh / "cache").mkdir(mode=0o700)
+    (fresh / "link").symlink_to("cache")
+    monkeypatch.setenv(native_cache.CACHE_ENVIRONMENT, str(fresh / "link"))
+    assert native_cache.kept("kernels.so", mark) == fresh / "cache" / "kernels.so"
+
+
+def test_a_container_that_does_not_know_the_root_of_the_machine() -> None:
+    """The folders of the machine's root belong to nobody there, and are trusted all the same."""
+    child = os.fork()
+    if child == 0:
+        os._exit(in_a_namespace_of_its_own())
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status == 2:
+        pytest.skip("user namespaces are forbidden here")
+    assert status == 0
+
+
+def in_a_namespace_of_its_own() -> int:
+    """0 where a cache in /tmp may be used by a user who is the only one that is known, 2 where that cannot be tried."""
+    if os.geteuid() == 0:
+        os.setresuid(12345, 12345, 12345)
+    user, system = os.geteuid(), ctypes.CDLL(None)
+    # PR_SET_DUMPABLE, as the change of user has made /proc/self root's; CLONE_NEWUSER.
+    if system.prctl(4, 1, 0, 0, 0) or system.unshare(0x10000000):
+        return 2
+    try:
+        Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
+    except OSError:
+        return 2
+    native_cache._owner_beyond_namespace.cache_clear()
+    with tempfile.TemporaryDirectory(dir="/tmp") as cache:
+        return int(os.stat("/").st_uid in (0, user) or native_cache._fault(Path(cache)) is not None)
 
 
 @pytest.mark.parametrize("fault", ["others can write it", "its group can write it", "it is somebody else's", "a link"])

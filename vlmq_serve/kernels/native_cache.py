@@ -1,9 +1,11 @@
 """Where the compiled kernels are kept. What lies there is loaded and run: nobody but root and this user may have put it
-there, or be able to change it."""
+there, or be able to change it, or put another folder in its place."""
 
 import errno
+import grp
 import logging
 import os
+import pwd
 import stat
 import struct
 import subprocess
@@ -46,25 +48,62 @@ def _warn(folder: Path, reason: str) -> None:
 
 
 def cache_folder() -> Path:
-    """VLMQ_CACHE, or `vlmq` in the user's cache folder; need not exist."""
+    """VLMQ_CACHE, or `vlmq` in the user's cache folder; need not exist. Without links, whose targets could change."""
     chosen = os.environ.get(CACHE_ENVIRONMENT) or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "vlmq")
-    return Path(os.path.expanduser(chosen))
+    return Path(os.path.realpath(os.path.expanduser(chosen)))
 
 
 def _fault(folder: Path) -> str | None:
     """Why the folder, made if it is missing, is not used; None where it may be."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if _ours_alone(folder.stat()):
-            return None
+        if not _ours_alone(folder.stat()):
+            return "it must belong to this user or to root, and nobody else may write there"
+        above = next((parent for parent in folder.parents if not _holds_ours(parent.stat())), None)
     except OSError as error:
         return str(error)
-    return "it must belong to this user or to root, and nobody else may write there"
+    if above is None:
+        return None
+    return (
+        f"{above}, in which it lies, must belong to this user or to root, and nobody else may write there; change that "
+        f"(chmod go-w), or set {CACHE_ENVIRONMENT} to another folder"
+    )
 
 
 def _ours_alone(status: os.stat_result) -> bool:
     # An access control list that lets others write shows in the group's bits.
     return status.st_uid in (0, os.geteuid()) and not status.st_mode & 0o022
+
+
+def _holds_ours(folder: os.stat_result) -> bool:
+    """Whether nobody else can put another folder in the place of one of ours in this one, as ssh asks of keys."""
+    if folder.st_uid not in (0, os.geteuid(), _owner_beyond_namespace()):
+        return False
+    others = stat.S_IWOTH if _has_private_group(folder) else stat.S_IWGRP | stat.S_IWOTH
+    # In a sticky folder such as /tmp others may write, but neither move nor remove what is ours.
+    return bool(folder.st_mode & stat.S_ISVTX) or not folder.st_mode & others
+
+
+def _has_private_group(folder: os.stat_result) -> bool:
+    """Whether the group is the owner alone: many systems give each user a group of the same name, and a umask that lets
+    it write."""
+    try:
+        owner, group = pwd.getpwuid(folder.st_uid), grp.getgrgid(folder.st_gid)
+    except KeyError:
+        return False
+    own = (owner.pw_gid, owner.pw_name) == (group.gr_gid, group.gr_name)
+    return own and set(group.gr_mem) <= {owner.pw_name}
+
+
+@lru_cache(maxsize=1)
+def _owner_beyond_namespace() -> int | None:
+    """Whom the machine's own folders seem to belong to in a container that does not know the machine's root."""
+    try:
+        mapped = [line.split() for line in Path("/proc/self/uid_map").read_text().splitlines()]
+        unknown = int(Path("/proc/sys/kernel/overflowuid").read_text())
+    except OSError:
+        return None
+    return None if any(outside == "0" for _, outside, _ in mapped) else unknown
 
 
 def _usable(path: Path) -> bool:
