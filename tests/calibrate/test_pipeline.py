@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vlmq_serve.calibrate import layer as layer_module
+from vlmq_serve.calibrate import pipeline
 from vlmq_serve.calibrate.pipeline import calibrate
 from vlmq_serve.calibrate.recipe import make_recipe
 from vlmq_serve.calibrate.work import partial_folder
@@ -102,6 +103,31 @@ def test_interrupted_run_resumes_to_the_same_checkpoint(tiny_model, data_file, t
     assert (out / "vlmq" / "saliency.safetensors").read_bytes() == (
         tmp_path / "whole" / "vlmq" / "saliency.safetensors"
     ).read_bytes()
+
+
+def test_after_an_interruption_only_the_own_work_folder_is_named(tiny_model, data_file, tmp_path, interrupted_at):
+    from typer.testing import CliRunner
+
+    from vlmq_serve.cli import app
+
+    given = ["-o", tmp_path / "out", "--data", data_file, "--samples", 8, "--group-size", 32]
+    arguments = [*map(str, ["calibrate", tiny_model, *given])]
+
+    def stopped_in(module, name, *more):
+        with interrupted_at(module, name, 1):
+            result = CliRunner().invoke(app, [*arguments, *more], env={"COLUMNS": "200"})
+            assert result.exit_code == 130
+            raise KeyboardInterrupt
+        return result.stderr.splitlines()[-1]
+
+    assert stopped_in(pipeline, "capture_streams") == "interrupted"
+    hint = f"interrupted; {tmp_path / 'out.partial'} keeps the finished layers, the same command with --resume goes on"
+    assert stopped_in(pipeline, "quantize_layer") == hint
+    assert stopped_in(pipeline, "capture_streams", "--resume") == hint
+    # Of the same command without --resume, of other settings, and where that is not known yet.
+    assert stopped_in(pipeline, "capture_streams", "--overwrite") == hint
+    assert stopped_in(pipeline, "capture_streams", "--overwrite", "--bits", "3") == "interrupted"
+    assert stopped_in(pipeline, "hash_weights") == "interrupted"
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "changed.safetensors"])

@@ -45,7 +45,8 @@ def calibrate(
 
     `data` is a JSON-lines file of chats with images; only method rtn does without (and then reports weight errors
     only). Finished layers are kept in `out.partial`; `resume` goes on from there, if model, data and recipe are the
-    same. `out` must not exist unless `overwrite`. Bad input is a `VLMQError` and leaves nothing behind.
+    same; Ctrl-C raises `Interrupted`, which says whether there is something to go on from. `out` must not exist unless
+    `overwrite`. Bad input is a `VLMQError` and leaves nothing behind.
     """
     started = perf_counter()
     out, data = Path(out), None if data is None else Path(data)
@@ -63,8 +64,11 @@ def calibrate(
     work = WorkFolder(out, plan, {"recipe": recipe.model_dump(mode="json"), "hashes": hashes})
     work.check(resume, overwrite)
     run = Run(plan, out, work, shown, resume and work.path.exists(), overwrite, hashes, seconds)
-    layers = round_layers(run.plan, run.work, run.resume, shown) if chats is None else _calibrate(run, chats)
-    return finish_run(run, layers, started)
+    try:
+        layers = round_layers(run.plan, run.work, run.resume, shown) if chats is None else _calibrate(run, chats)
+        return finish_run(run, layers, started)
+    except KeyboardInterrupt:
+        raise work.interrupted() from None
 
 
 def _check_output(out: Path, plan: Plan, overwrite: bool) -> None:

@@ -26,6 +26,14 @@ def partial_folder(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C in a run; `kept` is the work folder that it can go on from, if there is one."""
+
+    def __init__(self, kept: Path | None) -> None:
+        super().__init__()
+        self.kept = kept
+
+
 class WorkFolder:
     """Layers stored one by one, each in one step; nothing is created before the first `prepare`."""
 
@@ -45,9 +53,16 @@ class WorkFolder:
             raise VLMQError(f"{self.path}: holds an interrupted run; resume it, or remove the folder to start again")
         if not (self.path / _STATE).is_file():
             raise VLMQError(f"{self.path}: holds no {_STATE}, so nothing can go on from it; remove the folder")
-        changes = _differences(read_json(self.path / _STATE), self._fingerprint)
-        if changes:
+        if changes := self._changes():
             raise VLMQError(f"resume: {'; '.join(changes)}; give the same settings, or remove {self.path}")
+
+    def interrupted(self) -> Interrupted:
+        """What to raise at Ctrl-C: before `prepare` the folder may be another run's."""
+        try:
+            ours = not self._changes()
+        except VLMQError:
+            ours = False
+        return Interrupted(self.path if ours else None)
 
     def prepare(self, resume: bool) -> None:
         """Create the folder, or empty it where the run does not go on from it."""
@@ -125,6 +140,9 @@ class WorkFolder:
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
+
+    def _changes(self) -> list[str]:
+        return _differences(read_json(self.path / _STATE), self._fingerprint)
 
     def _record(self, index: int) -> Path:
         return self.path / f"layer-{index:03d}.json"

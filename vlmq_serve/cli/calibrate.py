@@ -66,7 +66,7 @@ def calibrate(
     from vlmq_serve.calibrate.pipeline import calibrate as run
     from vlmq_serve.calibrate.planning import make_plan
     from vlmq_serve.calibrate.recipe import load_recipe, make_recipe
-    from vlmq_serve.calibrate.work import partial_folder
+    from vlmq_serve.calibrate.work import Interrupted
 
     given = {"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric}
     parts = {"lm_head": lm_head, "vision": vision, "embeddings": embeddings, "unfit": unfit}
@@ -84,9 +84,9 @@ def calibrate(
     try:
         with RichProgress() as progress:
             report = run(model, output, data, chosen, resume=resume, overwrite=overwrite, progress=progress)
-    except KeyboardInterrupt:
-        kept = partial_folder(output)
-        hint = f"; {kept} keeps the finished layers, the same command with --resume goes on" if kept.exists() else ""
+    except KeyboardInterrupt as error:
+        kept = error.kept if isinstance(error, Interrupted) else None
+        hint = f"; {kept} keeps the finished layers, the same command with --resume goes on" if kept else ""
         err.print(f"interrupted{hint}", highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
     _print_report(report)
