@@ -12,6 +12,7 @@ from tests.calibrate.test_families import make_model  # noqa: F401  # a fixture
 from vlmq_serve.calibrate.pipeline import calibrate
 from vlmq_serve.calibrate.planning import make_plan
 from vlmq_serve.calibrate.recipe import make_recipe
+from vlmq_serve.calibrate.rounded_parts import round_parts
 from vlmq_serve.calibrate.settings import override_of
 from vlmq_serve.evaluate.loading import load_model
 from vlmq_serve.format.config import QuantizationSpec
@@ -136,6 +137,37 @@ def test_the_decoder_is_calibrated_on_the_rounded_embeddings(everything, calibra
     codes = [load_file(folder / "model.safetensors") for folder, _ in (everything, calibrated)]
     key = next(key for key in codes[0] if key.endswith("layers.0.self_attn.q_proj.qweight"))
     assert not torch.equal(codes[0][key], codes[1][key])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_plan_counts_what_rounded_embeddings_take(tiny_model, tmp_path, tied):
+    """A table beside the one that a tied head keeps; one that nothing else uses is replaced."""
+    source = tiny_model if tied else untied(tiny_model, tmp_path)
+    settings = {"method": "gptq", "dtype": "float32", **BOTH}
+    plan = make_plan(source, make_recipe(**settings, embeddings="w8"))
+    model = load_model(source)
+    before = bytes_of(model)
+    round_parts(model, plan, None)
+    taken = bytes_of(model) - before
+    assert (taken > 0) == tied
+    assert plan.estimated_bytes - make_plan(source, make_recipe(**settings)).estimated_bytes == taken
+
+
+def untied(model, folder):
+    """A copy of `model` with a head of its own."""
+    copy = shutil.copytree(model, folder / "untied")
+    tensors, config = load_file(copy / "model.safetensors"), json.loads((copy / "config.json").read_text())
+    tensors["lm_head.weight"] = next(v for k, v in tensors.items() if k.endswith("embed_tokens.weight")).clone()
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    config |= {"tie_word_embeddings": False, "text_config": config["text_config"] | {"tie_word_embeddings": False}}
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
+def bytes_of(model):
+    """Memory of all weights, shared ones once."""
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    return sum(storages.values())
 
 
 def test_tied_embeddings_need_a_head(tiny_model):

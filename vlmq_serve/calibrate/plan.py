@@ -97,7 +97,15 @@ class Plan:
         tokens = self.recipe.samples * self.assumed_tokens
         streams = stream_bytes(tokens, self.linears[0].shape[1], item)
         widest = max(linear.shape[1] for linear in self.linears)
-        return _RUNTIME_BYTES + self.bytes_before * item // source_item + streams + 6 * 4 * widest**2
+        weights = self.bytes_before // source_item * item + self._second_table * item
+        return _RUNTIME_BYTES + weights + streams + 6 * 4 * widest**2
+
+    @property
+    def _second_table(self) -> int:
+        """Numbers of the embeddings that are rounded beside those that a tied head keeps (`round_parts`)."""
+        if self.embeddings is None or self.embeddings.scheme is None or self.head is None or not self.head.tied_to:
+            return 0
+        return self.embeddings.shape[0] * self.embeddings.shape[1]
 
 
 def _alone(linear: LinearPlan | None) -> tuple[LinearPlan, ...]:
