@@ -35,6 +35,7 @@ from vlmq_serve.calibrate.plan import Plan
 from vlmq_serve.calibrate.planning import make_plan
 from vlmq_serve.calibrate.progress import Progress
 from vlmq_serve.calibrate.recipe import Recipe, make_recipe
+from vlmq_serve.calibrate.rounded_parts import round_parts
 from vlmq_serve.calibrate.signals import LayerSignals, layer_signals
 from vlmq_serve.calibrate.simulation import parse_setting
 from vlmq_serve.calibrate.sources import measure_importance
@@ -118,6 +119,7 @@ def _prepare(
     model: nn.Module, layers: nn.ModuleList, plan: Plan, data: Path, progress: Progress
 ) -> tuple[Streams, list[LayerSignals]]:
     recipe, adapter, device = plan.recipe, plan.adapter, choose_device(plan.recipe.device)
+    round_parts(model, plan, None)
     chats = load_data(data, recipe)
     image_token = adapter.image_token_id(model.config)
     feed = SampleFeed(load_processor(plan.source), chats, image_token, recipe.max_tokens, recipe.max_pixels)
