@@ -267,6 +267,15 @@ def test_linears_that_no_group_fits(tiny_model):
     assert smaller.by_layer[0]["mlp.up_proj"].scheme == Scheme(4, 64)
 
 
+def test_embeddings_that_no_group_fits_stay(tiny_model, data_file, tmp_path):
+    settings = {"bits": 4, "group_size": 32, "embeddings": "w8g128", "lm_head": "w8g128", "unfit": "ignore"}
+    source, out = untied(tiny_model, tmp_path), tmp_path / "out"
+    report = calibrate(source, out, data_file, make_recipe(method="gptq", samples=4, device="cpu", **settings))
+    assert [layer.linears for layer in report.layers[3:]] == [(), ()]
+    name = "model.embed_tokens.weight"
+    assert torch.equal(load_file(out / "model.safetensors")[name], load_file(source / "model.safetensors")[name])
+
+
 def test_overrides_of_the_decoder_are_not_those_of_the_tower(make_model):  # noqa: F811
     folder = make_model("llava_onevision")
     overrides = {"v_proj": "w8g32", "k_proj": "w8g32", "q_proj": "w8g32", "vision_tower.encoder.layers.1": "w2g32"}

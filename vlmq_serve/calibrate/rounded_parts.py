@@ -26,9 +26,10 @@ def round_parts(model: nn.Module, plan: Plan, stored: WorkFolder | None) -> list
     if plan.embeddings:
         found.append(_rounded((plan.embeddings,), plan, stored))
         table = plan.adapter.decoder(model).get_submodule(EMBEDDING_MODULE)
-        weight = found[-1][1][plan.embeddings.name].dequantize(table.get_parameter("weight").dtype)
-        # A parameter of its own: a tied head, on which gradients depend, keeps the weight that it has.
-        table.weight = nn.Parameter(weight, requires_grad=False)
+        for packed in found[-1][1].values():  # none where no group fits
+            weight = packed.dequantize(table.get_parameter("weight").dtype)
+            # A parameter of its own: a tied head, on which gradients depend, keeps the weight that it has.
+            table.weight = nn.Parameter(weight, requires_grad=False)
     return found
 
 
