@@ -1,8 +1,11 @@
 """`vlmq verify` on sound and on damaged checkpoints: one line per fault, an exit status, and vLLM's own rules."""
 
+import os
 import re
 import shutil
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 from tests.quant_methods.checkpoints import edit_config, quantize, quantize_parts
 from vlmq_serve.cli import app
+from vlmq_serve.verify import ranks
 from vlmq_serve.verify.ranks import RankResult, without_echoes
 from vlmq_serve.verify.vllm_rules import check_with_vllm
 
@@ -169,6 +173,66 @@ LOST = RankResult(1, error="Broken pipe")
 )
 def test_a_rank_that_lost_its_peer_is_shown_only_where_no_other_says_why(results: list, kept: list) -> None:
     assert [result.rank for result in without_echoes(results)] == kept
+
+
+def never_come(*_: object) -> None:
+    raise ValueError("no such device")
+
+
+def killed(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def find_much_missing(rank: int, _: int) -> RankResult:
+    return RankResult(rank, missing=tuple(f"model.layers.{i}.mlp.down_proj.qweight" for i in range(10_000)))
+
+
+def find_nothing(rank: int, _: int) -> RankResult:
+    return RankResult(rank)
+
+
+def meet(rank: int, port: int) -> RankResult:
+    """As `init_distributed_environment`, which waits until all ranks are there."""
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    return RankResult(rank)
+
+
+def on_two_ranks(first: Callable, second: Callable, monkeypatch: pytest.MonkeyPatch) -> tuple[list[RankResult], float]:
+    """What the ranks found, and in how many seconds."""
+    monkeypatch.setattr(ranks, "_open_on_rank", lambda _, __, rank, port: (first, second)[rank](rank, port))
+    started = time.monotonic()
+    return ranks._run_ranks(Path(), None, 2), time.monotonic() - started
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("fault", "error"), [(never_come, "no such device"), (killed, "rank 1 ended with status -9 and no result")]
+)
+def test_a_rank_does_not_wait_long_for_one_that_failed(
+    fault: Callable, error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "GRACE_S", 1)
+    found, seconds = on_two_ranks(meet, fault, monkeypatch)
+    assert found == [RankResult(1, error=error)]
+    assert seconds < 60
+
+
+@pytest.mark.unit
+def test_a_rank_that_fails_later_is_heard_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(*_: object) -> None:
+        time.sleep(1)
+        raise ValueError("no such file")
+
+    found, _ = on_two_ranks(late, never_come, monkeypatch)
+    assert [result.error for result in found] == ["no such device", "no such file"]
+
+
+@pytest.mark.unit
+def test_ranks_that_have_much_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than a pipe holds, so that it must be read while they write."""
+    found, seconds = on_two_ranks(find_much_missing, find_nothing, monkeypatch)
+    assert [len(result.missing) for result in sorted(found, key=lambda result: result.rank)] == [10_000, 0]
+    assert seconds < 60
 
 
 @pytest.mark.serve

@@ -12,7 +12,10 @@ import multiprocessing
 import os
 import re
 import sys
+import time
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,8 @@ from vlmq_serve.format.headers import read_tensor_index
 from vlmq_serve.format.names import fused_members
 
 RANK_TIMEOUT_S = 300
+GRACE_S = 10
+"""What ranks get to end by themselves, and to say why, once another has failed or they have given their result."""
 _CACHE_SCALE = re.compile(r"\.attn\.[qkv]_(scale|zero_point)$")
 """Scales of a quantized KV cache, which vLLM sets to one where a checkpoint has none."""
 _LOST_PEER = re.compile("Broken pipe|Connection (reset|closed) by peer|Connection was likely closed|connectFullMesh")
@@ -57,21 +62,43 @@ def _open(folder: Path, ranks: int, mode: str) -> list[RankResult]:
         config = _engine_config(folder, ranks, mode)
     except Exception as error:  # whatever vLLM raises is the finding
         return [RankResult(0, error=_one_line(error))]
+    return without_echoes(sorted(_run_ranks(folder, config, ranks), key=lambda result: result.rank))
+
+
+def _run_ranks(folder: Path, config: Any, ranks: int) -> list[RankResult]:
+    """Results of the ranks that gave one in time; where a rank fails, the others, which may wait for it, get less."""
     # Forked, because importing vLLM takes seconds and a rank milliseconds.
     context = multiprocessing.get_context("fork")
-    results = context.SimpleQueue()
     port = _free_port()
-    processes = [context.Process(target=_run_rank, args=(folder, config, r, port, results)) for r in range(ranks)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(RANK_TIMEOUT_S)
-        if process.is_alive():
-            process.kill()
+    processes, running = [], {}
+    for rank in range(ranks):
+        reader, writer = context.Pipe(duplex=False)
+        processes.append(context.Process(target=_run_rank, args=(folder, config, rank, port, writer)))
+        processes[rank].start()
+        writer.close()  # the rank has the only other one: that it has ended shows in the reader
+        running[reader] = rank
     found = []
-    while not results.empty():
-        found.append(results.get())
-    return without_echoes(sorted(found, key=lambda result: int(result.rank)))
+    deadline = time.monotonic() + RANK_TIMEOUT_S
+    while running and (ready := wait(running, max(0.0, deadline - time.monotonic()))):
+        for reader in set(running).intersection(ready):
+            rank = running.pop(reader)
+            found.append(_received(reader, rank, processes[rank]))
+            if found[-1].error:
+                deadline = min(deadline, time.monotonic() + GRACE_S)
+    for rank, process in enumerate(processes):
+        process.join(0 if rank in running.values() else GRACE_S)
+        process.kill()
+    return found
+
+
+def _received(reader: Connection, rank: int, process: BaseProcess) -> RankResult:
+    """What the rank has sent, or that it ended without that, as at the hands of the system when memory is short."""
+    try:
+        result: RankResult = reader.recv()
+    except EOFError:
+        process.join(GRACE_S)
+        return RankResult(rank, error=f"rank {rank} ended with status {process.exitcode} and no result")
+    return result
 
 
 def without_echoes(results: list[RankResult]) -> list[RankResult]:
@@ -90,11 +117,11 @@ def _engine_config(folder: Path, ranks: int, mode: str) -> Any:
     return EngineArgs(model=str(folder), distributed_executor_backend=backend, **arguments).create_engine_config()
 
 
-def _run_rank(folder: Path, config: Any, rank: int, port: int, results: Any) -> None:
+def _run_rank(folder: Path, config: Any, rank: int, port: int, writer: Connection) -> None:
     try:
-        results.put(_open_on_rank(folder, config, rank, port))
+        writer.send(_open_on_rank(folder, config, rank, port))
     except Exception as error:  # whatever vLLM raises is the finding
-        results.put(RankResult(rank, error=_one_line(error)))
+        writer.send(RankResult(rank, error=_one_line(error)))
 
 
 def _open_on_rank(folder: Path, config: Any, rank: int, port: int) -> RankResult:
