@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 
+from vlmq_serve.calibrate import capture
 from vlmq_serve.calibrate.capture import group_by_length
 from vlmq_serve.calibrate.chats import read_chats
 from vlmq_serve.calibrate.families.qwen2_vl import QWEN2_VL
@@ -76,6 +77,25 @@ def test_groups_have_one_length_and_lose_nobody(processor, data_file):
         assert len({sample.length for sample in group}) == 1
         assert len(group) == 1 or len(group) * group[0].length <= 100
     assert max(len(group) for group in groups) > 1
+
+
+def test_waiting_samples_hold_no_more_than_their_bound(processor, data_file, monkeypatch):
+    samples = list(build_samples(processor, read_chats(data_file), image_token(processor)))
+    largest = max(sample.nbytes for sample in samples)
+    monkeypatch.setattr(capture, "MAX_PENDING_BYTES", 3 * largest)
+    waiting = {}
+
+    def feed():
+        for sample in samples:
+            assert sum(waiting.values()) <= 3 * largest
+            waiting[sample.index] = sample.nbytes
+            yield sample
+
+    for group in group_by_length(feed(), 100_000):
+        assert sum(waiting.values()) <= 4 * largest
+        for sample in group:
+            del waiting[sample.index]
+    assert waiting == {}
 
 
 def test_streams_are_the_models_own_inference(tiny_model, processor, data_file):

@@ -2,7 +2,7 @@ import pytest
 
 from vlmq_serve.calibrate import pipeline
 from vlmq_serve.calibrate.recipe import make_recipe
-from vlmq_serve.calibrate.stream_memory import available_bytes, judge_memory, stream_bytes
+from vlmq_serve.calibrate.stream_memory import available_bytes, judge_memory, pending_bytes, stream_bytes
 from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.format.headers import read_json
 
@@ -13,19 +13,29 @@ def test_two_streams_of_every_token():
     assert stream_bytes(512 * 15_301, 1536, 4) == 2 * 512 * 15_301 * 1536 * 4  # 512 photos in Qwen2-VL-2B: 90 GiB
 
 
+def test_what_waits_for_others_of_its_length_is_bounded():
+    assert pending_bytes([3, 4]) == 7
+    assert pending_bytes([GIB // 4] * 8) == GIB + GIB // 4
+
+
 @pytest.mark.parametrize(
     ("available", "said"),
-    [(None, None), (4 * GIB, None), (4 * GIB - 1, "take 2.0 GiB of the 4.0 GiB"), (2 * GIB, "take 2.0 GiB of the 2.0")],
+    [
+        (None, None),
+        (4 * GIB, None),
+        (4 * GIB - 1, "need 2.0 GiB (1.9 GiB for hidden states, 0.1 GiB for images) of the 4.0"),
+        (2 * GIB, "of the 2.0 GiB that are free"),
+    ],
 )
 def test_what_fits_is_remarked_on_when_it_is_more_than_half(available, said):
-    remark = judge_memory([2**17, 2**17], 1024, 4, available)
+    remark = judge_memory([(2**17, GIB // 16), (7 * 2**14, GIB // 16)], 1024, 4, available)
     assert remark == said if said is None else said in remark
 
 
 def test_what_does_not_fit_names_sizes_and_settings():
-    message = "2 samples with 262144 tokens, 262000 in the longest, need 2.0 GiB, 1.5 GiB are free.*max_pixels.*samples"
+    message = "2 samples with 262144 tokens, 262000 in the longest, need 2.0 GiB .*, 1.5 GiB are free.*max_pixels"
     with pytest.raises(VLMQError, match=message):
-        judge_memory([144, 262_000], 1024, 4, 3 * GIB // 2)
+        judge_memory([(144, 0), (262_000, 0)], 1024, 4, 3 * GIB // 2)
 
 
 def test_the_system_says_what_is_free_and_a_container_what_it_may_have(tmp_path):
@@ -44,23 +54,24 @@ def test_the_system_says_what_is_free_and_a_container_what_it_may_have(tmp_path)
 
 
 def test_a_run_that_does_not_fit_ends_before_the_tower_sees_an_image(tiny_model, data_file, tmp_path, monkeypatch):
-    """24 chats of the tiny model: some 700 tokens, 64 wide, fp32, twice."""
-    monkeypatch.setattr(pipeline, "available_bytes", lambda: 100_000)
+    """24 chats of the tiny model: some 700 tokens, 64 wide, fp32, twice, which fits; the images, of 5 MB, do not."""
+    monkeypatch.setattr(pipeline, "available_bytes", lambda: 1_000_000)
     monkeypatch.setattr(pipeline, "capture_streams", lambda *_: pytest.fail("the images went through the model"))
     recipe = make_recipe(method="gptq", group_size=32, device="cpu")
-    with pytest.raises(VLMQError, match="max_pixels"):
+    with pytest.raises(VLMQError, match=r"for images.*max_pixels"):
         pipeline.calibrate(tiny_model, tmp_path / "out", data_file, recipe)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_smaller_images_are_fewer_tokens_and_part_of_the_record(tiny_model, data_file, tmp_path, monkeypatch):
     given = {"method": "gptq", "group_size": 32, "device": "cpu", "samples": 6}
-    monkeypatch.setattr(pipeline, "available_bytes", lambda: stream_bytes(6 * 50, 64, 4))
+    monkeypatch.setattr(pipeline, "available_bytes", lambda: 2_500_000)
     whole = pipeline.calibrate(tiny_model, tmp_path / "whole", data_file, make_recipe(**given))
     scaled = pipeline.calibrate(tiny_model, tmp_path / "scaled", data_file, make_recipe(**given, max_pixels=56 * 56))
     before, after = whole.details["data"]["tokens"], scaled.details["data"]["tokens"]
     assert 6 * 25 < sum(before.values()) < 6 * 50
-    assert any("hidden states of 6 samples" in note for note in whole.notes)
+    assert any("memory: 6 samples" in note for note in whole.notes)
+    assert not any("memory" in note for note in scaled.notes)
     assert after["vision"] < before["vision"] / 2
     assert (after["prompt"], after["answer"]) == (before["prompt"], before["answer"])
     assert read_json(tmp_path / "scaled" / "vlmq" / "run.json")["recipe"]["max_pixels"] == 56 * 56

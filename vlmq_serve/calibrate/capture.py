@@ -13,6 +13,8 @@ from vlmq_serve.calibrate.samples import CalibrationSample
 
 _NOT_FOR_LAYERS = ("past_key_values", "use_cache", "cache_position")
 _MAX_PENDING = 256
+MAX_PENDING_BYTES = 2**30
+"""What waiting samples may hold; the images of 256 of 2,048 tokens each would be 10 GB with Qwen2-VL's processor."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ def group_by_length(samples: Iterable[CalibrationSample], max_tokens: int) -> It
     """Collect samples of equal length and equal shapes of input, up to `max_tokens` together; no padding anywhere.
 
     A length's group leaves when it is full; when many samples wait, the largest group leaves, so that no more than
-    256 samples' pixels are held at once.
+    256 samples' pixels are held at once, nor, but for the last one's, more than `MAX_PENDING_BYTES`.
     """
     waiting: dict[tuple[int, tuple[tuple[str, tuple[int, ...]], ...]], list[CalibrationSample]] = {}
     for sample in samples:
@@ -44,9 +46,16 @@ def group_by_length(samples: Iterable[CalibrationSample], max_tokens: int) -> It
         group.append(sample)
         if (len(group) + 1) * sample.length > max_tokens:
             yield waiting.pop(key)
+        elif sum(map(_bytes, waiting.values())) > MAX_PENDING_BYTES:
+            yield waiting.pop(max(waiting, key=lambda k: _bytes(waiting[k])))
         elif sum(map(len, waiting.values())) >= _MAX_PENDING:
             yield waiting.pop(max(waiting, key=lambda k: len(waiting[k])))
-    yield from waiting.values()
+    while waiting:
+        yield waiting.pop(next(iter(waiting)))
+
+
+def _bytes(group: Iterable[CalibrationSample]) -> int:
+    return sum(sample.nbytes for sample in group)
 
 
 def batch_inputs(samples: Sequence[CalibrationSample], device: torch.device) -> dict[str, Tensor]:

@@ -61,9 +61,9 @@ class SampleFeed:
         """The first samples that are not too long, outside of the count of what was dropped."""
         return list(islice(filter(self._fits, self._all()), count))
 
-    def lengths(self) -> Iterator[int]:
-        """Tokens of the samples that are not too long, outside of that count too."""
-        return (sample.length for sample in self._all() if self._fits(sample))
+    def sizes(self) -> Iterator[tuple[int, int]]:
+        """Tokens and bytes of the samples that are not too long, outside of that count too."""
+        return ((sample.length, sample.nbytes) for sample in self._all() if self._fits(sample))
 
     def kept_lines(self) -> dict[str, str]:
         """Where the samples of the pictures come from: sample number to file and line."""

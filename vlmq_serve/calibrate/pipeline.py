@@ -137,15 +137,15 @@ def _calibrate(run: Run, data: CalibrationData) -> list[LayerResult]:
 
 
 def _check_memory(run: Run, feed: SampleFeed, dtype: torch.dtype) -> None:
-    """Tokens are known once the processor has seen all images, which costs little beside the tower's work on them."""
+    """Sizes are known once the processor has seen all images, which costs little beside the tower's work on them."""
     run.progress.stage("count tokens", len(feed.data.chats))
-    lengths = []
-    for length in feed.lengths():
-        lengths.append(length)
+    sizes = []
+    for size in feed.sizes():
+        sizes.append(size)
         run.progress.advance()
-    if not lengths:
+    if not sizes:
         raise VLMQError(f"max_tokens: got {feed.max_tokens}, all {len(feed.data.chats)} samples are longer; raise it")
-    remark = judge_memory(lengths, run.plan.linears[0].shape[1], dtype.itemsize, available_bytes())
+    remark = judge_memory(sizes, run.plan.linears[0].shape[1], dtype.itemsize, available_bytes())
     if remark is not None:
         run.note(remark)
 

@@ -33,6 +33,11 @@ class CalibrationSample:
     def length(self) -> int:
         return int(self.inputs["input_ids"].shape[1])
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the inputs, most of it the pixels'."""
+        return sum(tensor.nbytes for tensor in self.inputs.values())
+
 
 def draw(available: int, count: int, seed: int) -> list[int]:
     """Indices of `count` of `available` chats in order; all of them, whatever the seed, where there are no more."""

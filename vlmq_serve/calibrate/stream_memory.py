@@ -1,9 +1,11 @@
-"""Whether the hidden states of all samples fit into this machine's memory, before the long work begins."""
+"""Whether the hidden states of all samples, and the images that wait to become some, fit into this machine's memory,
+before the long work begins."""
 
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from vlmq_serve.calibrate.capture import MAX_PENDING_BYTES
 from vlmq_serve.format.errors import VLMQError
 
 
@@ -12,20 +14,30 @@ def stream_bytes(tokens: int, width: int, itemsize: int) -> int:
     return 2 * tokens * width * itemsize
 
 
-def judge_memory(lengths: Sequence[int], width: int, itemsize: int, available: int | None) -> str | None:
-    """A remark where samples of `lengths` tokens take more than half of the `available` bytes.
+def pending_bytes(sizes: Sequence[int]) -> int:
+    """What samples of these bytes hold at most while they wait for others of their length (`group_by_length`)."""
+    return min(sum(sizes), MAX_PENDING_BYTES + max(sizes))
+
+
+def judge_memory(sizes: Sequence[tuple[int, int]], width: int, itemsize: int, available: int | None) -> str | None:
+    """A remark where samples, given by their tokens and bytes, take more than half of the `available` bytes.
 
     Raises `VLMQError` where they take more than all of them. None is nothing to say, or an unknown amount.
     """
-    need = stream_bytes(sum(lengths), width, itemsize)
+    lengths, inputs = zip(*sizes, strict=True)
+    streams, pending = stream_bytes(sum(lengths), width, itemsize), pending_bytes(inputs)
+    need = streams + pending
     if available is None or 2 * need <= available:
         return None
-    samples = f"the hidden states of {len(lengths)} samples with {sum(lengths)} tokens, {max(lengths)} in the longest,"
+    samples = (
+        f"memory: {len(lengths)} samples with {sum(lengths)} tokens, {max(lengths)} in the longest, need {_gib(need)} "
+        f"({_gib(streams)} for hidden states, {_gib(pending)} for images)"
+    )
     if need <= available:
-        return f"{samples} take {_gib(need)} of the {_gib(available)} that are free"
+        return f"{samples} of the {_gib(available)} that are free"
     raise VLMQError(
-        f"memory: {samples} need {_gib(need)}, {_gib(available)} are free; scale images down (max_pixels), draw fewer "
-        "chats (samples), or drop the longest (max_tokens)"
+        f"{samples}, {_gib(available)} are free; scale images down (max_pixels), draw fewer chats (samples), "
+        "or drop the longest (max_tokens)"
     )
 
 
