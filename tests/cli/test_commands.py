@@ -134,17 +134,6 @@ def test_eval_refuses_places_that_do_not_exist(rtn_w4: Path) -> None:
     assert "--simulate: got a URL" in one_error(vlmq("eval", *url, "--simulate"))
 
 
-def test_an_interrupted_calibration_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object, **__: object) -> None:
-        (tmp_path / "out.partial").mkdir()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("vlmq_serve.calibrate.pipeline.calibrate", interrupted)
-    result = vlmq("calibrate", MODEL, "-o", tmp_path / "out", "--data", CALIBRATION, "--group-size", 64)
-    assert result.exit_code == 130
-    assert "out.partial keeps the finished layers, the same command with --resume goes on" in result.stderr
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
