@@ -12,9 +12,7 @@ from torch import Tensor
 from vlmq_serve.format.weight import PackedWeight
 from vlmq_serve.kernels import native
 
-BLOCK_ROWS = 16
-ROW_PAD = 32
-"""Two blocks: what one pass of the widest instruction set covers."""
+BLOCK_ROWS = 32
 DENSE_ROWS = 64
 """Rows of bf16 x from which dequantized weights and torch's product serve, on CPUs with AMX only: its peak is several
 times that of our kernels. By arithmetic, not measured."""
@@ -38,10 +36,10 @@ def _pass_rows(rows: int, cols: int, isa: str | None) -> tuple[int, int]:
 
 
 def prepare_integer(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
-    """Words int32 [Np/16, K*bits/32, 16] (`cpp/codes.h`), scales [Np/16, K/G, 16] as they are, zeros uint8 likewise
-    or empty when symmetric; Np is N padded to `ROW_PAD` with weights of zero."""
+    """Words int32 [Np/32, K*bits/32, 32] (`cpp/codes.h`), scales [Np/32, K/G, 32] as they are, zeros uint8 likewise
+    or empty when symmetric; Np is N padded to whole blocks with weights of zero."""
     rows, cols = weight.shape
-    bits, pad = weight.scheme.bits, -rows % ROW_PAD
+    bits, pad = weight.scheme.bits, -rows % BLOCK_ROWS
     blocks = (rows + pad) // BLOCK_ROWS
     given = weight.qweight.cpu().contiguous()
     words = torch.empty(blocks, cols * bits // 32, BLOCK_ROWS, dtype=torch.int32, device="cpu")
@@ -54,7 +52,7 @@ def prepare_integer(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _in_blocks(values: Tensor, pad: int) -> Tensor:
-    """[N, groups] to [Np/16, groups, 16]."""
+    """[N, groups] to [Np/32, groups, 32]."""
     padded = torch.nn.functional.pad(values.cpu(), (0, 0, 0, pad))
     return padded.reshape(-1, BLOCK_ROWS, values.shape[1]).transpose(1, 2).contiguous()
 

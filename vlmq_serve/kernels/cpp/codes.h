@@ -1,27 +1,29 @@
-// Packed codes. A block of 16 rows and 32 columns is `BITS` vectors of 16 words, word i of a vector belonging to row i.
+// Packed codes. A block of 32 rows and 32 columns is `BITS` times 32 words, word i of those belonging to row i.
 // The halves of a word hold codes of column 2p (low) and 2p + 1 (high), pair p at bit BITS * (p % P) of word p / P, with
 // P = 16 / BITS pairs a word. 3 bits: five pairs a word, and pair 15 in bit 15 of the three words.
 #pragma once
 #include "simd.h"
 
-constexpr int ROWS = 16;   // of a block
+constexpr int ROWS = 32;   // of a block
 constexpr int COLS = 32;   // of a block
 
-// Rows of x for whose sums there are registers.
+// ABREAST vectors of rows of W are multiplied at once where that spares loads of x: a core with two products in a cycle
+// has no more than two loads. Then rows of x for whose sums there are registers.
 #if VLMQ_REGISTERS == 32
-constexpr int FEW_ROWS = 4;     // several each
-constexpr int FUSED_ROWS = 16;  // one each
+constexpr int ABREAST = 2;
+constexpr int FEW_ROWS = 3;  // several each
 #else
+constexpr int ABREAST = 1;
 constexpr int FEW_ROWS = 2;
-constexpr int FUSED_ROWS = 8;
 #endif
+constexpr int FUSED_ROWS = 8;  // one each for every vector
 
 enum Type { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 struct Weight {
-  const int32_t* codes;   // [N/16, K/32, bits, 16]
-  const void* scales;     // [N/16, G, 16]
-  const uint8_t* zeros;   // [N/16, G, 16], or null: all are `mid`
+  const int32_t* codes;   // [N/32, K/32, bits, 32]
+  const void* scales;     // [N/32, G, 32]
+  const uint8_t* zeros;   // [N/32, G, 32], or null: all are `mid`
   int scale_type, mid;
   int64_t cols;           // K
   int64_t groups;         // G
@@ -36,6 +38,17 @@ static inline VF load_scales(const Weight& w, int64_t at) {
 }
 
 static inline VI load_zeros(const Weight& w, int64_t at) { return w.zeros ? widen(w.zeros + at) : set1(w.mid); }
+
+// sums[s][r] = product(sums[s][r], codes[s], x), x of row r at x + r * STEPS and loaded once for all V vectors of codes.
+template <int STEPS, int V, int R, class Product>
+static inline void products(VI (&sums)[V][R], const VI (&codes)[V], const int32_t* x, Product product) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    VI same = set1(x[r * STEPS]);
+    if (V > 1) in_register(same);
+    for (int s = 0; s < V; ++s) sums[s][r] = product(sums[s][r], codes[s], same);
+  }
+}
 
 // Codes minus zeros (int16 pairs) of LANES rows, pair p to out + p * stride.
 template <int BITS> static inline void unpack(const int32_t* words, VI zeros, int32_t* out, int stride);

@@ -8,7 +8,7 @@
 struct Input {
   void* codes;      // [K/32, M, 32] of Int16::Code or Int8::Code
   float* scales;    // [K/block, M]
-  int32_t* sums;    // [K/block, M]: of codes
+  int32_t* sums;    // [K/block, M]: of codes, times -1
   int64_t rows;     // M
   int block;        // columns with one scale: 32, 64 or 128
 };
@@ -44,5 +44,5 @@ static void quantize(const void* x, int64_t stride, const Input& in, int64_t row
     store_codes<BITS>(A(), (typename A::Code*)in.codes + ((block * in.block + k) / COLS * in.rows + row) * COLS, q);
   }
   in.scales[block * in.rows + row] = finite ? (some ? largest / A::LIMIT : 0.0f) : NAN;
-  in.sums[block * in.rows + row] = total(sum);
+  in.sums[block * in.rows + row] = -total(sum);
 }

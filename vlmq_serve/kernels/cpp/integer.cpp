@@ -52,7 +52,7 @@ void multiply_bits(int bits, const Weight& w, const Input& in, const void* x, in
   }
 }
 
-// W transposed, rounded once to bf16: out [K, blocks * 16] for blocks of 16 rows from `first` on.
+// W transposed, rounded once to bf16: out [K, blocks * 32] for blocks of 32 rows from `first` on.
 template <int BITS> void dequantize(const Weight& w, int64_t first, int64_t blocks, uint16_t* out, int threads) {
   const int64_t chunks = w.cols / COLS, group_cols = w.cols / w.groups, width = blocks * ROWS;
 #pragma omp parallel for collapse(2) num_threads(threads)
@@ -95,11 +95,11 @@ int64_t vlmq_scratch(int64_t rows, int64_t cols) { return rows * cols * 2 + rows
 void vlmq_pack(const uint32_t* from, int64_t rows, int64_t cols, int bits, int64_t padded, int32_t* to, int threads) {
   const int pairs = 16 / bits, whole = pairs * bits;
 #pragma omp parallel for num_threads(threads)
-  for (int64_t r16 = 0; r16 < padded / ROWS; ++r16)
+  for (int64_t block = 0; block < padded / ROWS; ++block)
     for (int64_t c = 0; c < cols / COLS; ++c) {
-      int32_t* words = to + (r16 * (cols / COLS) + c) * bits * ROWS;
+      int32_t* words = to + (block * (cols / COLS) + c) * bits * ROWS;
       for (int r = 0; r < ROWS; ++r) {
-        const int64_t row = r16 * ROWS + r;
+        const int64_t row = block * ROWS + r;
         uint32_t out[8] = {0};
         for (int k = 0; k < COLS; ++k) {
           uint32_t code = row < rows ? code_at(from + row * (cols * bits / 32), c * COLS + k, bits) : 1u << (bits - 1);

@@ -26,7 +26,7 @@ template <int R> struct Sums<8, R> {
       accumulate(b, right16<8>(v), x + 2 * w + 1);
     }
   }
-  inline VI sum(int r) const { return add(a[r], b[r]); }
+  inline VI sum(int, int r) const { return add(a[r], b[r]); }
 };
 template <int R> struct Sums<4, R> {
   VI a[R] = {}, b[R] = {}, c[R] = {}, d[R] = {};
@@ -40,7 +40,7 @@ template <int R> struct Sums<4, R> {
       accumulate(d, both(u, high), x + 4 * w + 3);
     }
   }
-  inline VI sum(int r) const { return add(add(a[r], c[r]), right32<4>(add(b[r], d[r]))); }
+  inline VI sum(int, int r) const { return add(add(a[r], c[r]), right32<4>(add(b[r], d[r]))); }
 };
 template <int R> struct Sums<3, R> {
   VI a[R] = {}, b[R] = {}, c[R] = {}, d[R] = {}, e[R] = {};
@@ -58,7 +58,7 @@ template <int R> struct Sums<3, R> {
     }
     accumulate(c, last, x + 15);
   }
-  inline VI sum(int r) const { return add(add(a[r], d[r]), add(right32<3>(add(b[r], e[r])), right32<6>(c[r]))); }
+  inline VI sum(int, int r) const { return add(add(a[r], d[r]), add(right32<3>(add(b[r], e[r])), right32<6>(c[r]))); }
 };
 template <int R> struct Sums<2, R> {
   VI a[R] = {}, b[R] = {}, c[R] = {}, d[R] = {};
@@ -76,25 +76,32 @@ template <int R> struct Sums<2, R> {
       accumulate(d, both(u, m6), x + 8 * w + 7);
     }
   }
-  inline VI sum(int r) const { return add(add(a[r], right32<2>(b[r])), add(right32<4>(c[r]), right32<6>(d[r]))); }
+  inline VI sum(int, int r) const { return add(add(a[r], right32<2>(b[r])), add(right32<4>(c[r]), right32<6>(d[r]))); }
 };
 
-// The same for more rows, of which each has registers for one sum only: codes are shifted down.
-template <int BITS, int R> struct Shifted {
-  VI a[R] = {};
+// The same for more rows, of which each has registers for one sum only for each of V vectors: codes are shifted down.
+template <int BITS, int R, int V> struct Shifted {
+  VI a[V][R] = {};
   inline void block(const int32_t* words, const int32_t* x) {
     constexpr int P = 16 / BITS;
     const VI mask = set1(0x00010001 * ((1 << BITS) - 1));
-    VI last = zero();
+    VI last[V], v[V], codes[V];
+    for (int s = 0; s < V; ++s) last[s] = zero();
     for (int w = 0; w < BITS; ++w, x += P) {
-      VI v = load_once(words + w * ROWS);
-      if (BITS == 3) last = either(right16<1>(last), both(right16<13>(v), set1(0x00040004)));
+      for (int s = 0; s < V; ++s) {
+        v[s] = load_once(words + w * ROWS + s * LANES);
+        if (BITS == 3) last[s] = either(right16<1>(last[s]), both(right16<13>(v[s]), set1(0x00040004)));
+      }
 #pragma GCC unroll 8
-      for (int p = 0; p < P; ++p, v = right16<BITS>(v)) accumulate(a, both(v, mask), x + p);
+      for (int p = 0; p < P; ++p) {
+        for (int s = 0; s < V; ++s) codes[s] = both(v[s], mask);
+        products<PAIRS>(a, codes, x + p, dot);
+        for (int s = 0; s < V; ++s) v[s] = right16<BITS>(v[s]);
+      }
     }
-    if (BITS == 3) accumulate(a, last, x);
+    if (BITS == 3) products<PAIRS>(a, last, x, dot);
   }
-  inline VI sum(int r) const { return a[r]; }
+  inline VI sum(int s, int r) const { return a[s][r]; }
 };
 
 // x as int16, in the order of its columns.
@@ -102,5 +109,7 @@ struct Int16 {
   using Code = int16_t;
   static constexpr int LIMIT = 32767;
   static constexpr int STEPS = PAIRS;  // products in a block
-  template <int BITS, int R> using Sum = std::conditional_t<(R <= FEW_ROWS), Sums<BITS, R>, Shifted<BITS, R>>;
+  template <int BITS, int R> static constexpr bool FEW = R <= (BITS == 8 ? 1 : FEW_ROWS);
+  template <int BITS, int R> static constexpr int VECTORS = FEW<BITS, R> ? 1 : ABREAST;
+  template <int BITS, int R> using Sum = std::conditional_t<FEW<BITS, R>, Sums<BITS, R>, Shifted<BITS, R, ABREAST>>;
 };

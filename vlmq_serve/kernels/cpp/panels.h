@@ -12,10 +12,10 @@ constexpr int PANEL_COLS = PANEL_BYTES / (2 * PANEL);
 template <int BITS>
 static void unpack_panel(const Weight& w, int64_t row, int64_t first, int count, int64_t group_cols, int32_t* out) {
   for (int v = 0; v < VECTORS; ++v) {
-    const int64_t rows16 = (row + v * LANES) / ROWS, lane = (row + v * LANES) % ROWS;
-    const int32_t* words = w.codes + (rows16 * (w.cols / COLS) + first / COLS) * BITS * ROWS + lane;
+    const int64_t block = (row + v * LANES) / ROWS, lane = (row + v * LANES) % ROWS;
+    const int32_t* words = w.codes + (block * (w.cols / COLS) + first / COLS) * BITS * ROWS + lane;
     for (int c = 0; c < count; c += COLS) {
-      VI z = load_zeros(w, (rows16 * w.groups + (first + c) / group_cols) * ROWS + lane);
+      VI z = load_zeros(w, (block * w.groups + (first + c) / group_cols) * ROWS + lane);
       z = either(z, upper_half(z));
       unpack<BITS>(words + c * BITS * ROWS / COLS, z, out + c / 2 * PANEL + v * LANES, PANEL);
     }

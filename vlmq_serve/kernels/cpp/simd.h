@@ -147,6 +147,14 @@ static inline VI load_once(const void* p) {
   return v;
 }
 
+// Loaded here, and not again by each instruction that needs it, as compilers would have it.
+static inline void in_register(VI& v) {
+#if VLMQ_REGISTERS == 32
+  asm("" : "+v"(v));
+#else
+  asm("" : "+x"(v));
+#endif
+}
 static inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
 // Element types of x, y and the scales.
