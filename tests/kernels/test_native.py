@@ -1,12 +1,10 @@
 """How the C++ kernels are compiled, kept and found again."""
 
-import ctypes
 import logging
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -23,16 +21,6 @@ pytestmark = [
     pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or a CPU without AVX2"),
 ]
 BF16, FP32 = torch.bfloat16, torch.float32
-
-
-@pytest.fixture
-def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """An empty cache, and a process that has not built anything."""
-    monkeypatch.setenv(native_cache.CACHE_ENVIRONMENT, str(tmp_path))
-    native.library.cache_clear()
-    yield tmp_path
-    native.library.cache_clear()
-
 
 BROKEN = "echo broken >&2; exit 1"
 NO_OPENMP = 'case "$*" in *--version) echo 1;; *) echo -fopenmp is not supported >&2; exit 1;; esac'
@@ -164,202 +152,8 @@ def test_full_disks_everywhere(
     assert "g++" not in second
 
 
-def test_a_full_disk_that_the_system_tells_of(fresh: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Another build than a compiler's; the device is full by its nature."""
-
-    def build(path: Path) -> None:
-        (Path("/dev/full") if path.parent.parent == fresh else path).write_text("built")
-
-    assert native_cache.kept("kernels.so", build).read_text() == "built"
-    assert f"the disk of {fresh} is full" in caplog.text
-    assert list(fresh.iterdir()) == []
-
-
-def mark(path: Path) -> None:
-    path.write_text("built")
-
-
-def put(folder: Path, mode: int = 0o755) -> Path:
-    """A library in the cache."""
-    path = folder / "kernels.so"
-    path.write_text("kept")
-    path.chmod(mode)
-    return path
-
-
-def found() -> str:
-    """What the file is that would be loaded: `kept` or `built`."""
-    return native_cache.kept("kernels.so", mark).read_text()
-
-
-def give_away(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`path` belongs to neither root nor this user."""
-    if os.geteuid() == 0:
-        os.chown(path, 12345, -1)
-    else:
-        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
-
-
-def needs_root() -> None:
-    if os.geteuid() != 0:
-        pytest.skip("only root can give folders away")
-
-
-def forbid_writing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As for a user to whom the folder does not belong; root could write there all the same."""
-    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
-
-
-def test_the_cache_is_filled_once(fresh: Path) -> None:
-    before = os.umask(0o002)
-    try:
-        assert found() == "built"
-    finally:
-        os.umask(before)
-    path = fresh / "kernels.so"
-    assert path.stat().st_mode & 0o777 == 0o755, "others must be able to read it, and not to write"
-    path.write_text("kept")
-    assert found() == "kept"
-
-
-def test_a_filled_cache_that_cannot_be_written_is_used(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A container image filled by root, served by another user."""
-    forbid_writing(monkeypatch)
-    path = put(fresh)
-    fresh.chmod(0o555)
-    assert native_cache.kept("kernels.so", mark) == path
-    assert not caplog.records
-    other = native_cache.kept("other.so", mark)
-    assert other.read_text() == "built"
-    assert other.parent != fresh
-    assert "other.so is not there, and the folder cannot be written" in caplog.text
-    assert list(fresh.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("mode", [0o777, 0o775, 0o757, 0o1777])
-def test_cache_that_others_can_write(mode: int, fresh: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Nothing is loaded from there: anybody could have put it there under the name that we look for."""
-    path = put(fresh)
-    fresh.chmod(mode)
-    assert found() == "built"
-    assert "nobody else may write there" in caplog.text
-    assert path.read_text() == "kept"
-
-
-def test_cache_of_somebody_else(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put(fresh)
-    give_away(fresh, monkeypatch)
-    assert found() == "built"
-
-
-@pytest.mark.parametrize(
-    ("mode", "owner", "group"),
-    [(0o777, 0, 0), (0o757, 0, 0), (0o775, 0, 12345), (0o755, 12345, 0), (0o1777, 12345, 0)],
-)
-def test_a_cache_in_whose_place_others_could_put_another(
-    mode: int, owner: int, group: int, fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    above = fresh / "above"
-    cache = above / "between" / "cache"
-    cache.mkdir(mode=0o700, parents=True)
-    put(cache)
-    if (owner, group) != (0, 0):
-        needs_root()
-        os.chown(above, owner, group)
-    above.chmod(mode)
-    monkeypatch.setenv(native_cache.CACHE_ENVIRONMENT, str(cache))
-    assert found() == "built"
-    assert f"each process compiles its own: {above}, in which it lies, must belong to this user" in caplog.text
-    assert "set VLMQ_CACHE to another folder" in caplog.text
-
-
-@pytest.mark.parametrize("mode", [0o1777, 0o1775, 0o775, 0o755, 0o555])
-def test_a_cache_in_an_ordinary_folder(
-    mode: int, fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """One as /tmp, and one that is its owner's and that of the group that is its owner alone."""
-    if mode == 0o775:
-        needs_root()  # whose group is such a one everywhere
-    above = fresh / "above"
-    (above / "cache").mkdir(mode=0o700, parents=True)
-    put(above / "cache")
-    above.chmod(mode)
-    monkeypatch.setenv(native_cache.CACHE_ENVIRONMENT, str(above / "cache"))
-    assert found() == "kept"
-    assert not caplog.records
-
-
-def test_a_link_to_the_cache_is_followed_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is loaded lies where it was checked, though the link could change in between."""
-    (fresh / "cache").mkdir(mode=0o700)
-    (fresh / "link").symlink_to("cache")
-    monkeypatch.setenv(native_cache.CACHE_ENVIRONMENT, str(fresh / "link"))
-    assert native_cache.kept("kernels.so", mark) == fresh / "cache" / "kernels.so"
-
-
-def test_a_container_that_does_not_know_the_root_of_the_machine() -> None:
-    """The folders of the machine's root belong to nobody there, and are trusted all the same."""
-    child = os.fork()
-    if child == 0:
-        os._exit(in_a_namespace_of_its_own())
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if status == 2:
-        pytest.skip("user namespaces are forbidden here")
-    assert status == 0
-
-
-def in_a_namespace_of_its_own() -> int:
-    """0 where a cache in /tmp may be used by a user who is the only one that is known, 2 where that cannot be tried."""
-    if os.geteuid() == 0:
-        os.setresuid(12345, 12345, 12345)
-    user, system = os.geteuid(), ctypes.CDLL(None)
-    # PR_SET_DUMPABLE, as the change of user has made /proc/self root's; CLONE_NEWUSER.
-    if system.prctl(4, 1, 0, 0, 0) or system.unshare(0x10000000):
-        return 2
-    try:
-        Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
-    except OSError:
-        return 2
-    native_cache._owner_beyond_namespace.cache_clear()
-    with tempfile.TemporaryDirectory(dir="/tmp") as cache:
-        return int(os.stat("/").st_uid in (0, user) or native_cache._fault(Path(cache)) is not None)
-
-
-@pytest.mark.parametrize("fault", ["others can write it", "its group can write it", "it is somebody else's", "a link"])
-def test_a_file_that_others_could_change_is_not_loaded(
-    fault: str, fresh: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is built again, in its place where that may be written."""
-    path = put(fresh, {"others can write it": 0o757, "its group can write it": 0o775}.get(fault, 0o755))
-    if fault == "it is somebody else's":
-        give_away(path, monkeypatch)
-    elif fault == "a link":
-        elsewhere = put(tmp_path_factory.mktemp("elsewhere"))
-        path.unlink()
-        path.symlink_to(elsewhere)
-    assert found() == "built"
-    assert not path.is_symlink()
-
-
 def test_compiler_with_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "env LC_ALL=C g++")
     command = native_build._compilers()[0]
     assert Path(command[0]).name == "env"
     assert command[1:] == ("LC_ALL=C", "g++")
-
-
-@pytest.mark.parametrize("size", [0, 1000, 100_000])
-def test_a_library_that_was_cut_off_is_built_again(fresh: Path, size: int) -> None:
-    """Loading it would end the process without a word."""
-    assert native.library() is not None
-    (built,) = fresh.glob("*.so")
-    whole = built.stat().st_size
-    assert whole > size
-    # In a process of its own: this one has the library in its memory.
-    os.truncate(shutil.move(shutil.copy(built, fresh / "copy"), built), size)
-    code = "from vlmq_serve.kernels import native; assert native.library() is not None"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert built.stat().st_size == whole
