@@ -34,7 +34,7 @@ def kept(name: str, build: Callable[[Path], None]) -> Path:
         try:
             if os.access(folder, os.W_OK):
                 return _write(folder / name, build)
-            reason = f"{name} is not there, and the folder cannot be written"
+            reason = "the folder cannot be written, and lacks those of this version for this CPU and compiler"
         except NoRoom as error:
             reason = str(error)
     _warn(folder, reason)
@@ -43,7 +43,7 @@ def kept(name: str, build: Callable[[Path], None]) -> Path:
 
 @lru_cache(maxsize=16)
 def _warn(folder: Path, reason: str) -> None:
-    """Once, though several libraries may be wanted."""
+    """Once, though several libraries may be wanted: neither argument names one."""
     logger.warning("compiled CPU kernels are not kept in %s, and each process compiles its own: %s", folder, reason)
 
 
