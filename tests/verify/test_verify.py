@@ -4,9 +4,11 @@ import os
 import re
 import shutil
 import signal
+import struct
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -215,6 +217,16 @@ def test_a_rank_does_not_wait_long_for_one_that_failed(
     found, seconds = on_two_ranks(meet, fault, monkeypatch)
     assert found == [RankResult(1, error=error)]
     assert seconds < 60
+
+
+@pytest.mark.unit
+def test_a_rank_that_ends_in_the_middle_of_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut_off(folder: Path, config: object, rank: int, port: int, writer: Connection) -> None:
+        os.write(writer.fileno(), struct.pack("!i", 100) + b"less than 100 bytes")
+        killed()
+
+    monkeypatch.setattr(ranks, "_run_rank", cut_off)
+    assert ranks._run_ranks(Path(), None, 1) == [RankResult(0, error="rank 0 ended with status -9 and no result")]
 
 
 @pytest.mark.unit

@@ -95,7 +95,7 @@ def _received(reader: Connection, rank: int, process: BaseProcess) -> RankResult
     """What the rank has sent, or that it ended without that, as at the hands of the system when memory is short."""
     try:
         result: RankResult = reader.recv()
-    except EOFError:
+    except (EOFError, OSError):  # the latter where it ended in the middle of what it sent
         process.join(GRACE_S)
         return RankResult(rank, error=f"rank {rank} ended with status {process.exitcode} and no result")
     return result
