@@ -1,8 +1,19 @@
-import pytest
+import weakref
 
-from vlmq_serve.calibrate import pipeline
+import pytest
+import torch
+from transformers import AutoProcessor
+
+from vlmq_serve.calibrate import capture, pipeline, stream_memory
+from vlmq_serve.calibrate.capture import batch_inputs
+from vlmq_serve.calibrate.chats import read_chats
+from vlmq_serve.calibrate.families.qwen2_vl import QWEN2_VL
+from vlmq_serve.calibrate.loading import load_model
+from vlmq_serve.calibrate.progress import SilentProgress
 from vlmq_serve.calibrate.recipe import make_recipe
+from vlmq_serve.calibrate.samples import build_samples
 from vlmq_serve.calibrate.stream_memory import available_bytes, judge_memory, pending_bytes, stream_bytes
+from vlmq_serve.calibrate.streams import capture_streams
 from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.format.headers import read_json
 
@@ -14,8 +25,38 @@ def test_two_streams_of_every_token():
 
 
 def test_what_waits_for_others_of_its_length_is_bounded():
-    assert pending_bytes([3, 4]) == 7
-    assert pending_bytes([GIB // 4] * 8) == GIB + GIB // 4
+    assert pending_bytes([(10, 3), (10, 4)], 10) == 7 + 4
+    assert pending_bytes([(10, 3), (10, 4)], 4096) == 7 + 7
+    assert pending_bytes([(100, GIB // 4)] * 8, 299) == GIB + GIB // 4 + 2 * (GIB // 4)
+    assert pending_bytes([(4097, GIB // 4)] * 8, 4096) == GIB + GIB // 4 + GIB // 4
+
+
+def test_capture_holds_the_images_that_are_counted(tiny_model, data_file, monkeypatch):
+    """Samples alive whenever one is made and whenever a batch is copied, with that copy."""
+    processor, chats = AutoProcessor.from_pretrained(tiny_model), read_chats(data_file)
+    token = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    sizes = [(sample.length, sample.nbytes) for sample in build_samples(processor, chats, token)]
+    waiting = 3 * max(size for _, size in sizes)
+    for module in (capture, stream_memory):
+        monkeypatch.setattr(module, "MAX_PENDING_BYTES", waiting)
+    alive, held = {}, []
+
+    def feed():
+        for sample in build_samples(processor, chats, token):
+            alive[sample.index] = sample.nbytes
+            weakref.finalize(sample, alive.pop, sample.index)
+            held.append(sum(alive.values()))
+            yield sample
+
+    def copy(samples, device):
+        inputs = batch_inputs(samples, device)
+        held.append(sum(alive.values()) + sum(tensor.nbytes for tensor in inputs.values()))
+        return inputs
+
+    monkeypatch.setattr(capture, "batch_inputs", copy)
+    capture_streams(load_model(tiny_model, torch.float32), QWEN2_VL, feed(), torch.device("cpu"), 100, SilentProgress())
+    assert alive == {}
+    assert waiting + waiting // 3 < max(held) <= pending_bytes(sizes, 100)
 
 
 @pytest.mark.parametrize(
@@ -28,14 +69,14 @@ def test_what_waits_for_others_of_its_length_is_bounded():
     ],
 )
 def test_what_fits_is_remarked_on_when_it_is_more_than_half(available, said):
-    remark = judge_memory([(2**17, GIB // 16), (7 * 2**14, GIB // 16)], 1024, 4, available)
+    remark = judge_memory([(2**17, GIB // 16), (7 * 2**14, 0)], 4096, 1024, 4, available)
     assert remark == said if said is None else said in remark
 
 
 def test_what_does_not_fit_names_sizes_and_settings():
     message = "2 samples with 262144 tokens, 262000 in the longest, need 2.0 GiB .*, 1.5 GiB are free.*max_pixels"
     with pytest.raises(VLMQError, match=message):
-        judge_memory([(144, 0), (262_000, 0)], 1024, 4, 3 * GIB // 2)
+        judge_memory([(144, 0), (262_000, 0)], 4096, 1024, 4, 3 * GIB // 2)
 
 
 def test_the_system_says_what_is_free_and_a_container_what_it_may_have(tmp_path):
@@ -65,7 +106,7 @@ def test_a_run_that_does_not_fit_ends_before_the_tower_sees_an_image(tiny_model,
 
 def test_smaller_images_are_fewer_tokens_and_part_of_the_record(tiny_model, data_file, tmp_path, monkeypatch):
     given = {"method": "gptq", "group_size": 32, "device": "cpu", "samples": 6}
-    monkeypatch.setattr(pipeline, "available_bytes", lambda: 2_500_000)
+    monkeypatch.setattr(pipeline, "available_bytes", lambda: 4_000_000)
     whole = pipeline.calibrate(tiny_model, tmp_path / "whole", data_file, make_recipe(**given))
     scaled = pipeline.calibrate(tiny_model, tmp_path / "scaled", data_file, make_recipe(**given, max_pixels=56 * 56))
     before, after = whole.details["data"]["tokens"], scaled.details["data"]["tokens"]

@@ -36,7 +36,7 @@ def group_by_length(samples: Iterable[CalibrationSample], max_tokens: int) -> It
     """Collect samples of equal length and equal shapes of input, up to `max_tokens` together; no padding anywhere.
 
     A length's group leaves when it is full; when many samples wait, the largest group leaves, so that no more than
-    256 samples' pixels are held at once, nor, but for the last one's, more than `MAX_PENDING_BYTES`.
+    256 samples wait at once, nor, but for the last one, more bytes than `MAX_PENDING_BYTES`.
     """
     waiting: dict[tuple[int, tuple[tuple[str, tuple[int, ...]], ...]], list[CalibrationSample]] = {}
     for sample in samples:

@@ -145,7 +145,8 @@ def _check_memory(run: Run, feed: SampleFeed, dtype: torch.dtype) -> None:
         run.progress.advance()
     if not sizes:
         raise VLMQError(f"max_tokens: got {feed.max_tokens}, all {len(feed.data.chats)} samples are longer; raise it")
-    remark = judge_memory(sizes, run.plan.linears[0].shape[1], dtype.itemsize, available_bytes())
+    width, batch_tokens = run.plan.linears[0].shape[1], run.plan.recipe.batch_tokens
+    remark = judge_memory(sizes, batch_tokens, width, dtype.itemsize, available_bytes())
     if remark is not None:
         run.note(remark)
 

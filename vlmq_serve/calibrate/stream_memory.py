@@ -14,18 +14,24 @@ def stream_bytes(tokens: int, width: int, itemsize: int) -> int:
     return 2 * tokens * width * itemsize
 
 
-def pending_bytes(sizes: Sequence[int]) -> int:
-    """What samples of these bytes hold at most while they wait for others of their length (`group_by_length`)."""
-    return min(sum(sizes), MAX_PENDING_BYTES + max(sizes))
+def pending_bytes(sizes: Sequence[tuple[int, int]], batch_tokens: int) -> int:
+    """What samples, given by their tokens and bytes, hold at most: those that wait for others of their length
+    (`group_by_length`), and one batch more, which lives on while others gather, and of which the model gets a copy."""
+    held = [size for _, size in sizes]
+    waiting = min(sum(held), MAX_PENDING_BYTES + max(held))
+    batch = max(size * max(1, batch_tokens // tokens) for tokens, size in sizes)
+    return waiting + min(batch, waiting)
 
 
-def judge_memory(sizes: Sequence[tuple[int, int]], width: int, itemsize: int, available: int | None) -> str | None:
+def judge_memory(
+    sizes: Sequence[tuple[int, int]], batch_tokens: int, width: int, itemsize: int, available: int | None
+) -> str | None:
     """A remark where samples, given by their tokens and bytes, take more than half of the `available` bytes.
 
     Raises `VLMQError` where they take more than all of them. None is nothing to say, or an unknown amount.
     """
-    lengths, inputs = zip(*sizes, strict=True)
-    streams, pending = stream_bytes(sum(lengths), width, itemsize), pending_bytes(inputs)
+    lengths = [tokens for tokens, _ in sizes]
+    streams, pending = stream_bytes(sum(lengths), width, itemsize), pending_bytes(sizes, batch_tokens)
     need = streams + pending
     if available is None or 2 * need <= available:
         return None
