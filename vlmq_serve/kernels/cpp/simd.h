@@ -169,7 +169,8 @@ static inline VF load_as_float(F16, const uint16_t* p) { return half_to_float(p)
 static inline void store_float(F32, float* p, VF v) { storef(p, v); }
 static inline void store_float(F16, uint16_t* p, VF v) { float_to_half(p, v); }
 static inline void store_float(BF16, uint16_t* p, VF v) {
-  // To nearest, ties to even, on the bits. A NaN here is the one that quantize() made, which the sum cannot overflow.
+  // To nearest, ties to even, on the bits. With finite scales a NaN here is that of quantize() or the CPU's own, as of
+  // inf - inf. Both end in zeros, so the sum does not carry into what makes them one.
   VI b = as_bits(v);
   VI odd = both(right32<16>(b), set1(1));
   store_as_16(p, right32<16>(add(add(b, set1(0x7FFF)), odd)));
