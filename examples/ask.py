@@ -40,8 +40,10 @@ def ask(base_url: str, image_url: str, question: str) -> None:
     content = [{"type": "image_url", "image_url": {"url": image_url}}, {"type": "text", "text": question}]
     messages = [{"role": "user", "content": content}]
     client = openai.OpenAI(base_url=base_url, api_key=os.environ.get("OPENAI_API_KEY") or "none")
-    model = client.models.list().data[0].id
-    for chunk in client.chat.completions.create(model=model, messages=messages, temperature=0, stream=True):
+    served = client.models.list().data
+    if not served:
+        sys.exit(f"error: {base_url} serves no model")
+    for chunk in client.chat.completions.create(model=served[0].id, messages=messages, temperature=0, stream=True):
         sys.stdout.write(chunk.choices[0].delta.content or "")
         sys.stdout.flush()
     sys.stdout.write("\n")

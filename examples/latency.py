@@ -51,7 +51,10 @@ def image(path: Path) -> dict[str, Any]:
 def measure(options: argparse.Namespace, pictures: list[dict[str, Any]]) -> None:
     """Ask about all pictures, `concurrency` at a time, and print what it took."""
     client = openai.OpenAI(base_url=options.base_url, api_key=os.environ.get("OPENAI_API_KEY") or "none")
-    request = {"model": client.models.list().data[0].id, "max_tokens": options.max_tokens, "temperature": 0}
+    served = client.models.list().data
+    if not served:
+        sys.exit(f"error: {options.base_url} serves no model")
+    request = {"model": served[0].id, "max_tokens": options.max_tokens, "temperature": 0}
 
     def ask(*content: dict[str, Any]) -> tuple[float, float, int]:
         return timed(client, {**request, "messages": [{"role": "user", "content": [*content]}]})

@@ -14,7 +14,7 @@ import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NOWHERE = "http://127.0.0.1:9/v1"  # the discard port, where nothing listens
-MODELS = {"object": "list", "data": [{"id": "a", "object": "model", "created": 0, "owned_by": "a"}]}
+MODEL = {"id": "a", "object": "model", "created": 0, "owned_by": "a"}
 
 pytestmark = pytest.mark.parametrize("example", ["ask.py", "latency.py"])
 
@@ -28,13 +28,15 @@ def ask(example: str, url: str, picture: Path, key: str | None = None) -> subpro
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Names its model to whoever knows the key, and ends within the first answer."""
+    """Names its models to whoever knows the key, and ends within the first answer."""
 
     key = "none"
+    models = (MODEL,)
 
     def do_GET(self) -> None:
         known = self.headers["Authorization"] == f"Bearer {self.key}"
-        body = json.dumps(MODELS if known else {"error": {"message": "not\nfor you"}}).encode()
+        answer = {"object": "list", "data": self.models} if known else {"error": {"message": "not\nfor you"}}
+        body = json.dumps(answer).encode()
         self.send_response(200 if known else 401)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
@@ -54,9 +56,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(secret: str) -> Iterator[str]:
-    """The URL of a server with this key."""
-    with HTTPServer(("127.0.0.1", 0), type("Keyed", (Handler,), {"key": secret})) as server:
+def serving(**kind: object) -> Iterator[str]:
+    """The URL of a server with this `key` or these `models`."""
+    with HTTPServer(("127.0.0.1", 0), type("Kind", (Handler,), kind)) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/v1"
         server.shutdown()
@@ -83,7 +85,7 @@ def test_a_server_that_is_not_there(example: str, picture: Path) -> None:
 
 
 def test_a_server_that_refuses(example: str, picture: Path) -> None:
-    with serving("secret") as url:
+    with serving(key="secret") as url:
         result = ask(example, url, picture)
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
@@ -91,9 +93,15 @@ def test_a_server_that_refuses(example: str, picture: Path) -> None:
     assert "refuses the request" in line
 
 
+def test_a_server_without_a_model(example: str, picture: Path) -> None:
+    with serving(models=()) as url:
+        result = ask(example, url, picture)
+    assert (result.returncode, result.stderr) == (1, f"error: {url} serves no model\n")
+
+
 @pytest.mark.parametrize(("given", "sent"), [("secret", "secret"), (None, "none"), ("", "none")])
 def test_the_key_is_that_of_the_environment(example: str, given: str | None, sent: str, picture: Path) -> None:
     """With it the server is asked on, and ends within its answer; without it the server would refuse."""
-    with serving(sent) as url:
+    with serving(key=sent) as url:
         result = ask(example, url, picture, given)
     assert (result.returncode, result.stderr) == (1, f"error: no server answers at {url}\n")
