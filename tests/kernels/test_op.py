@@ -1,7 +1,10 @@
 """The custom operator: schema, fake implementation, torch.compile, and what importing the package does not do."""
 
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,6 +92,75 @@ def test_operator_in_cpp_refuses_other_types() -> None:
 
 
 @compiled
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 64)}, "x with K=64 for a weight with K=128"),
+        ({"x": torch.zeros(2, 256)}, "x with K=256 for a weight with K=128"),
+        ({"x": torch.zeros(2, 0)}, "x with K=0"),
+        ({"x": torch.tensor(1.0)}, "another layout"),
+        ({"bits": 4}, "for a weight with K=96"),
+        ({"bits": 5}, "got 5 bits"),
+        ({"out_features": 97}, "another layout"),
+        ({"qdata": torch.zeros(6, 12, 16, dtype=torch.int32)}, "another layout"),
+        ({"scales": torch.ones(3, 0, 32)}, "another layout"),
+        ({"scales": torch.ones(3, 8, 32)}, "another layout"),
+        ({"scales": torch.ones(2, 2, 32)}, "another layout"),
+        ({"zeros": torch.ones(3, 1, 32, dtype=torch.uint8)}, "another layout"),
+    ],
+)
+def test_operator_in_cpp_refuses_what_it_would_read_past(change: dict[str, object], message: str) -> None:
+    prepared = small(torch.float32, path="cpu_int16")
+    names = ("x", "qdata", "scales", "zeros", "bits", "out_features", "x_bits")
+    given = dict(zip(names, integer_arguments(torch.zeros(2, 128), prepared), strict=True))
+    torch.ops.vlmq.gemm_integer(*given.values())
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.vlmq.gemm_integer(*(given | change).values())
+
+
+@compiled
+def test_operator_in_cpp_on_several_threads() -> None:
+    """Each has memory of its own for x."""
+    prepared = small(torch.float32, path="cpu_int16")
+    inputs = [torch.randn(rows, 128) for rows in (1, 300, 7, 40)]
+    expected = [linear(x, prepared) for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        got = [*pool.map(lambda turn: linear(inputs[turn % 4], prepared), range(400))]
+    assert all(torch.equal(y, expected[turn % 4]) for turn, y in enumerate(got))
+
+
+@compiled
+def test_under_inductor() -> None:
+    """As vLLM compiles: the operator is called by generated code, with a weight and between other operators."""
+    prepared = small(path="cpu_int16")
+    bias = torch.randn(96).bfloat16()
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(linear(x * 2, prepared, bias))
+
+    generated = torch.compile(layer, fullgraph=True, dynamic=True)
+    for count in (1, 5, 70):
+        x = torch.randn(count, 128).bfloat16()
+        torch.testing.assert_close(generated(x), layer(x), rtol=1e-2, atol=1e-2)
+
+
+@compiled
+def test_a_filled_cache_serves_users_who_cannot_write(tmp_path: Path) -> None:
+    """The line of docs/serving.md for container images: what a process looks for later is all there."""
+    environment = {**os.environ, "VLMQ_CACHE": str(tmp_path)}
+    fill = "from vlmq_serve.kernels.native_op import compile_all; compile_all()"
+    use = "from tests.kernels.test_op import linear, small, torch; linear(torch.ones(1, 128).bfloat16(), small())"
+    for code in (fill, use):
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+    assert sum(path.name.startswith("operator") for path in before) == 1
+
+
+@compiled
 def test_operator_in_cpp_leaves_many_rows_to_the_dense_product() -> None:
     """As it does on a CPU with AMX."""
     prepared = small(path="cpu_int16")
@@ -125,6 +197,19 @@ def test_registration_is_idempotent() -> None:
     before = torch.ops.vlmq.gemm.default
     ensure_registered()
     assert torch.ops.vlmq.gemm.default is before
+
+
+def test_gemm_registers_what_it_needs() -> None:
+    """As in a process that was sent a prepared weight."""
+    code = (
+        "import torch\n"
+        "from vlmq_serve.kernels import gemm\n"
+        "y = gemm(torch.ones(1, 32), torch.zeros(1, 8, 32, dtype=torch.int32), torch.ones(1, 1, 32),\n"
+        "         torch.ones(1, 1, 32, dtype=torch.uint8), 8, 32, 5, 'cpu_int16')\n"
+        "assert torch.equal(y, torch.full((1, 5), -32.0))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert native.library() is None or done.returncode == 0, done.stderr
 
 
 def test_gemm_equals_linear() -> None:
@@ -176,7 +261,8 @@ def test_import_has_no_side_effects() -> None:
         "import sys, torch, vlmq_serve.kernels\n"
         "assert 'triton' not in sys.modules, 'triton imported'\n"
         "assert not torch.cuda.is_initialized()\n"
-        "assert not hasattr(torch.ops.vlmq, 'gemm'), 'operator registered'\n"
+        "for name in ('gemm', 'gemm_integer', 'gemm_dense'):\n"
+        "    assert not hasattr(torch.ops.vlmq, name), 'operator registered'\n"
         "assert 'vllm' not in sys.modules and 'transformers' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)

@@ -33,6 +33,11 @@ def load(
     return None, failures
 
 
+def sources() -> list[bytes]:
+    """All of the C++."""
+    return [path.read_bytes() for path in sorted(SOURCES.iterdir())]
+
+
 def _compilers() -> list[tuple[str, ...]]:
     """The commands that there are, in the order to try; CXX may hold arguments, as in `ccache g++`."""
     names = (text.split() for text in (os.environ.get("CXX", ""), *COMPILERS))
@@ -54,8 +59,7 @@ def _built(compiler: tuple[str, ...], name: str, source: str, flags: Sequence[st
     """Path of the shared object, compiled unless the cache holds it."""
     options = (*compiler[1:], *FLAGS, *flags)
     version = _run((*compiler, "--version"), 60)
-    sources = [path.read_bytes() for path in sorted(SOURCES.iterdir())]
-    key = hashlib.sha256(b"\0".join([*sources, version.encode(), " ".join([*options, *links]).encode()]))
+    key = hashlib.sha256(b"\0".join([*sources(), version.encode(), " ".join([*options, *links]).encode()]))
 
     def build(path: Path) -> None:
         # What lies between source and library goes to the same folder, as that is the one known to have room or not.

@@ -1,12 +1,14 @@
 """The custom operators: `vlmq::gemm_integer` for integer products on CPUs, `vlmq::gemm` for every other path; both
 opaque to torch.compile."""
 
+import hashlib
+import threading
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from vlmq_serve.kernels import choice, cpu, integer, native_op, reference
+from vlmq_serve.kernels import choice, cpu, integer, native_build, native_op, reference
 
 _WEIGHT = "Tensor qdata, Tensor scales, Tensor zeros, int bits"
 SCHEMAS = (
@@ -17,12 +19,24 @@ SCHEMAS = (
 """The last is what the second calls for many rows on a CPU with AMX."""
 
 
-@cache
-def ensure_registered() -> torch.library.Library:
-    """Register the operators; safe to call any number of times. They live as long as what is returned, which is kept.
+_LOCK = threading.RLock()
 
-    `gemm_integer` is implemented by `ensure_integer`, as that may compile.
-    """
+
+def ensure_registered() -> None:
+    """Register the operators; safe to call any number of times. `ensure_integer` implements `gemm_integer`."""
+    with _LOCK:
+        _library()
+
+
+def ensure_integer() -> None:
+    """Register the operators and implement `gemm_integer`, in C++ where that compiles; safe to call often."""
+    with _LOCK:
+        _implement_integer()
+
+
+@cache
+def _library() -> torch.library.Library:
+    """The registrations live as long as this object, which the cache keeps."""
     library = torch.library.Library("vlmq", "FRAGMENT")
     for schema in SCHEMAS:
         library.define(schema)
@@ -35,17 +49,33 @@ def ensure_registered() -> torch.library.Library:
 
 
 @cache
-def ensure_integer() -> None:
-    """Implement `gemm_integer`, in C++ where that compiles; safe to call any number of times."""
-    library = ensure_registered()
+def _implement_integer() -> None:
+    library = _library()
     if not native_op.register(integer.dense_rows()):
         library.impl("gemm_integer", _gemm_integer, "CPU")
+
+
+@cache
+def fingerprint() -> str:
+    """Changes with what a compiled graph relies on: the operators and, with the C++, the layouts of weights."""
+    parts = [*(schema.encode() for schema in SCHEMAS), *native_build.sources()]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
 def gemm(
     x: Tensor, qdata: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int, out_features: int, path: str
 ) -> Tensor:
     """x [..., K] times a prepared weight (the fields of `PreparedWeight`), [..., N] in the dtype of x."""
+    if path in choice.ACTIVATION_BITS:
+        ensure_integer()
+    ensure_registered()
+    return product(x, qdata, scales, zeros, bits, group_size, out_features, path)
+
+
+def product(
+    x: Tensor, qdata: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int, out_features: int, path: str
+) -> Tensor:
+    """`gemm` where the operators are known to be registered, as torch.compile cannot trace that."""
     x_bits = choice.ACTIVATION_BITS.get(path)
     y: Tensor
     if x_bits is None:
@@ -100,4 +130,5 @@ def _gemm_dense(x: Tensor, qdata: Tensor, scales: Tensor, zeros: Tensor, bits: i
 def _gemm_integer_fake(
     x: Tensor, qdata: Tensor, scales: Tensor, zeros: Tensor, bits: int, out_features: int, x_bits: int
 ) -> Tensor:
+    torch._check(x.shape[-1] * bits == qdata.shape[1] * 32, lambda: "vlmq::gemm_integer: K of x is not the weight's")
     return x.new_empty((*x.shape[:-1], out_features))

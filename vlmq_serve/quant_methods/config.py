@@ -16,7 +16,7 @@ from vlmq_serve.format.config import QUANT_METHOD, QuantizationSpec
 from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.format.names import EMBEDDINGS, fused_members, part_of_model
 from vlmq_serve.format.scheme import Scheme
-from vlmq_serve.kernels import tables
+from vlmq_serve.kernels import op, tables
 from vlmq_serve.kernels.choice import available_paths
 from vlmq_serve.quant_methods.embedding import VLMQEmbeddingMethod
 from vlmq_serve.quant_methods.inventory import Inventory, read_inventory
@@ -84,11 +84,11 @@ class VLMQConfig(QuantizationConfig):
             self.inventory = read_inventory(folder, self.spec)
 
     def _kernel_choice(self) -> str:
-        """What decides the kernel besides the checkpoint: our version, what can serve here, force, a table."""
+        """What decides the kernel besides the checkpoint: version, operators, what can serve here, force, a table."""
         device = torch.device(current_platform.device_type)
         available = available_paths(self.spec.scheme.bits, torch.bfloat16, device)
         # A table can leave layers to vLLM's kernels, which are other calls on other parameters.
-        return " ".join((__version__, *available, self.kernel or "", tables.fingerprint())).rstrip()
+        return " ".join((__version__, op.fingerprint(), *available, self.kernel or "", tables.fingerprint())).rstrip()
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Take over vLLM's names. Models call it once per nested model, some twice with the same mapper."""

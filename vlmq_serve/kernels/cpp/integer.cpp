@@ -11,7 +11,7 @@
 namespace {
 
 #if VLMQ_REGISTERS == 32
-constexpr int FUSED_LIMIT = 256;  // rows of 16-bit x up to which fused() is faster than unpacked panels: all
+constexpr int FUSED_LIMIT = MAX_ROWS;  // rows of 16-bit x up to which fused() is faster than unpacked panels: all
 #else
 constexpr int FUSED_LIMIT = 48;
 #endif
@@ -35,7 +35,7 @@ void multiply(const Weight& w, const Input& in, const void* x, int64_t stride, i
     for (int64_t p = 0; p < panels; ++p) {
       if (few)
         fused_rows<A, BITS>(w, in, p, type, y, features);
-      else
+      else if constexpr (FUSED_LIMIT < MAX_ROWS)
         panel_rows<BITS>(w, in, p * PANEL, type, y, features);
     }
   }
@@ -91,7 +91,7 @@ int vlmq_max_rows() { return MAX_ROWS; }
 // Bytes that vlmq_gemm needs to hold x: codes, scales and sums.
 int64_t vlmq_scratch(int64_t rows, int64_t cols) { return rows * cols * 2 + rows * (cols / 32) * 8; }
 
-// Checkpoint words [N, K bits/32] to the layout of codes.h; rows up to the next multiple of PANEL are `mid`.
+// Checkpoint words [N, K bits/32] to the layout of codes.h; rows from `rows` to `padded`, a multiple of ROWS, are `mid`.
 void vlmq_pack(const uint32_t* from, int64_t rows, int64_t cols, int bits, int64_t padded, int32_t* to, int threads) {
   const int pairs = 16 / bits, whole = pairs * bits;
 #pragma omp parallel for num_threads(threads)

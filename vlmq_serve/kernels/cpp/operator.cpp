@@ -11,6 +11,8 @@
 
 namespace {
 
+constexpr int64_t ROWS = 32, COLS = 32;  // of a block, as in codes.h
+
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -40,7 +42,7 @@ Tensor dense(const Tensor& x, const Tensor& codes, const Tensor& scales, const T
   StableIValue stack[] = {torch::stable::detail::from(x), torch::stable::detail::from(codes),
                           torch::stable::detail::from(scales), torch::stable::detail::from(zeros),
                           torch::stable::detail::from(bits), torch::stable::detail::from(features)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("vlmq::gemm_dense", "", stack, TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("vlmq::gemm_dense", "", stack, TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -52,9 +54,9 @@ Tensor empty_with(const Tensor& x, int64_t features) {
   // Not by the dispatcher, which looks operators up by their name.
   int32_t type, device;
   AtenTensorHandle y;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), type, device, 0, &y));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), type, device, 0, &y));
   return Tensor(y);
 }
 
@@ -68,13 +70,28 @@ void* scratch_of(int64_t size) {
   return lines.data();
 }
 
+// That the weight is one of `prepare_integer` for x, as the kernels would read past its end.
+void check(const Tensor& x, const Tensor& codes, const Tensor& scales, const Tensor& zeros, int64_t bits,
+           int64_t features) {
+  STD_TORCH_CHECK(x.dim() > 0 && codes.dim() == 3 && scales.dim() == 3, "vlmq::gemm_integer: got a weight of another layout");
+  const int64_t cols = x.size(-1), blocks = codes.size(0), groups = scales.size(1);
+  STD_TORCH_CHECK(bits == 2 || bits == 3 || bits == 4 || bits == 8, "vlmq::gemm_integer: got ", bits, " bits");
+  STD_TORCH_CHECK(cols > 0 && codes.size(1) * 32 == cols * bits, "vlmq::gemm_integer: got x with K=", cols,
+                  " for a weight with K=", codes.size(1) * 32 / bits);
+  STD_TORCH_CHECK(codes.size(2) == ROWS && scales.size(2) == ROWS && scales.size(0) == blocks && groups > 0 &&
+                      cols % groups == 0 && cols / groups % COLS == 0 && features <= blocks * ROWS &&
+                      (zeros.numel() == 0 || zeros.numel() == scales.numel()),
+                  "vlmq::gemm_integer: got a weight of another layout");
+}
+
 // x [..., K] to [..., N] in its type; the weight as `prepare_integer` lays it out.
 Tensor gemm_integer(Tensor x, Tensor codes, Tensor scales, Tensor zeros, int64_t bits, int64_t features, int64_t x_bits) {
-  const int64_t cols = x.size(-1), groups = scales.size(1), rows = cols ? x.numel() / cols : 0;
+  check(x, codes, scales, zeros, bits, features);
+  const int64_t cols = x.size(-1), groups = scales.size(1), rows = x.numel() / cols;
   if (rows >= kernels.dense_rows && x.scalar_type() == ScalarType::BFloat16)
     return dense(x, codes, scales, zeros, bits, features);
   const bool rows_apart = x.dim() == 2 && x.stride(1) == 1;
-  if (!rows_apart) x = torch::stable::contiguous(x);
+  if (!rows_apart && !x.is_contiguous()) x = torch::stable::contiguous(x);
   Tensor y = empty_with(x, features);
   if (rows == 0) return y;
   const int64_t stride = rows_apart ? x.stride(0) : cols, step = std::min(rows, kernels.max_rows), size = x.element_size();
