@@ -33,6 +33,11 @@ from vlmq_serve.evaluate.endpoint import connect
 WORDS = ("amber", "basin", "cedar", "delta", "ember", "fjord", "grove", "haven", "inlet", "jetty", "knoll", "lagoon")
 
 
+REST_S = 1.5
+"""Before every request: workers of vLLM look for work without a pause until a second after their last
+(`SpinCondition.busy_loop_s`), and would take a core from the server that is asked next."""
+
+
 @dataclass(frozen=True)
 class Timing:
     """One request: ms to the first token, ms per later token."""
@@ -80,6 +85,7 @@ def ask_in_turn(clients: dict[str, tuple[Any, str]], options: argparse.Namespace
         chance = random.Random(turn)
         content = question(chance, options.words, options.image, turn)
         for name in chance.sample(sorted(clients), len(clients)):
+            time.sleep(REST_S)
             first, later = ask(*clients[name], content, options.tokens)
             if turn:
                 yield Timing(turn, device, name, round(first, 3), round(later, 3))
