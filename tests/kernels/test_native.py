@@ -84,6 +84,20 @@ def test_the_next_compiler_is_tried(
     assert set(fresh.iterdir()) == before
 
 
+def test_a_compiler_that_takes_too_long(
+    fresh: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is given up, with what it had said, and the next one is asked."""
+    slow = 'case "$*" in *--version) echo 1;; *) echo a warning >&2; exec sleep 9;; esac'
+    only(tmp_path_factory.mktemp("bin"), {"g++": slow, "clang++": BROKEN}, monkeypatch)
+    monkeypatch.setattr(native_build, "TIMEOUT_S", 1)
+    loaded, (first, second) = native_build.load("slow", "integer.cpp", ())
+    assert loaded is None
+    assert first.endswith("g++: a warning\n\nnot done after 1 s")
+    assert second.endswith("clang++: broken")
+    assert list(fresh.iterdir()) == []
+
+
 def test_processes_that_build_at_once(fresh: Path) -> None:
     code = (
         "import torch\n"

@@ -8,11 +8,12 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlmq_serve.kernels.native_cache import NoRoom, kept
+from vlmq_serve.kernels.native_cache import BuildFailed, NoRoom, kept
 
 SOURCES = Path(__file__).parent / "cpp"
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden")
 COMPILERS = ("g++", "clang++", "c++")
+TIMEOUT_S = 600
 
 
 def load(
@@ -27,9 +28,8 @@ def load(
             return ctypes.CDLL(str(_built(compiler, name, source, flags, links))), failures
         except NoRoom as error:
             return None, [*failures, str(error)]
-        except (OSError, subprocess.SubprocessError) as error:
-            said = getattr(error, "stderr", None) or str(error)
-            failures.append(f"{' '.join(compiler)}: {said.strip()[-2000:]}")
+        except (OSError, BuildFailed) as error:
+            failures.append(f"{' '.join(compiler)}: {str(error).strip()[-2000:]}")
     return None, failures
 
 
@@ -48,11 +48,20 @@ def _compilers() -> list[tuple[str, ...]]:
 def _run(command: tuple[str, ...], timeout: int, **variables: str) -> str:
     """What it prints, in English: a compiler's version is part of a file's name, its words tell that a disk is full."""
     environment = {**os.environ, "LC_ALL": "C", **variables}
-    # Names of files come in whatever encoding the user has.
-    done = subprocess.run(
-        command, capture_output=True, text=True, errors="replace", timeout=timeout, check=True, env=environment
-    )
-    return done.stdout
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=timeout, check=True, env=environment)
+    except OSError as error:
+        raise BuildFailed(str(error)) from error
+    except subprocess.TimeoutExpired as error:
+        raise BuildFailed(f"{_text(error.stderr)}\nnot done after {timeout} s") from error
+    except subprocess.CalledProcessError as error:
+        raise BuildFailed(_text(error.stderr) or str(error)) from error
+    return _text(done.stdout)
+
+
+def _text(output: bytes | None) -> str:
+    """Not left to Python, which gives bytes of a program that runs out of time even where text is asked for."""
+    return (output or b"").decode(errors="replace")  # names of files come in whatever encoding the user has
 
 
 def _built(compiler: tuple[str, ...], name: str, source: str, flags: Sequence[str], links: Sequence[str]) -> Path:
@@ -63,6 +72,7 @@ def _built(compiler: tuple[str, ...], name: str, source: str, flags: Sequence[st
 
     def build(path: Path) -> None:
         # What lies between source and library goes to the same folder, as that is the one known to have room or not.
-        _run((compiler[0], *options, str(SOURCES / source), *links, "-o", str(path)), 600, TMPDIR=str(path.parent))
+        command = (compiler[0], *options, str(SOURCES / source), *links, "-o", str(path))
+        _run(command, TIMEOUT_S, TMPDIR=str(path.parent))
 
     return kept(f"{name}-{key.hexdigest()[:16]}.so", build)

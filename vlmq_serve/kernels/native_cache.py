@@ -8,7 +8,6 @@ import os
 import pwd
 import stat
 import struct
-import subprocess
 import tempfile
 from collections.abc import Callable
 from functools import lru_cache
@@ -21,6 +20,10 @@ logger = logging.getLogger(__name__)
 
 class NoRoom(Exception):
     """A disk is full; the text says which and what to do."""
+
+
+class BuildFailed(Exception):
+    """What ends a build and is no fault of the folder; the text says why."""
 
 
 def kept(name: str, build: Callable[[Path], None]) -> Path:
@@ -140,7 +143,7 @@ def _write(target: Path, build: Callable[[Path], None]) -> Path:
                 os.fsync(file.fileno())
             path.chmod(0o755)  # whatever the umask: what the group could write would never be loaded
             return path.replace(target)
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, BuildFailed) as error:
         if not _tells_of_full_disk(error):
             raise
         raise NoRoom(
@@ -150,9 +153,7 @@ def _write(target: Path, build: Callable[[Path], None]) -> Path:
 
 def _tells_of_full_disk(error: Exception) -> bool:
     """Whether the system, or a compiler in the system's words, has found no room."""
-    codes = (errno.ENOSPC, errno.EDQUOT)
-    said = getattr(error, "stderr", None) or ""
-    return getattr(error, "errno", None) in codes or any(os.strerror(code) in said for code in codes)
+    return any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
 
 
 @lru_cache(maxsize=1)
