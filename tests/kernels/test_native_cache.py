@@ -26,6 +26,39 @@ def test_a_full_disk_that_the_system_tells_of(fresh: Path, caplog: pytest.LogCap
     assert list(fresh.iterdir()) == []
 
 
+def test_a_folder_that_only_seems_to_be_writable(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a server of files with rules of its own; this folder takes no file from anybody."""
+    folder = f"/proc/{os.getpid()}"
+    monkeypatch.setenv(native_cache.CACHE_ENVIRONMENT, folder)
+    monkeypatch.setattr(os, "access", lambda *_: True)
+    assert found() == "built"
+    assert f"each process compiles its own: {folder} cannot be written (" in caplog.text
+    assert "); set VLMQ_CACHE to another folder" in caplog.text
+
+
+def test_a_file_that_cannot_be_put_in_its_place(fresh: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (fresh / "kernels.so").mkdir()
+    assert found() == "built"
+    assert f"{fresh} cannot be written (Is a directory)" in caplog.text
+    assert list(fresh.iterdir()) == [fresh / "kernels.so"]
+
+
+def test_a_build_that_fails_is_no_fault_of_the_folder(fresh: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is not tried again elsewhere."""
+    tried = []
+
+    def build(path: Path) -> None:
+        tried.append(path)
+        raise native_cache.BuildFailed("broken")
+
+    with pytest.raises(native_cache.BuildFailed, match="broken"):
+        native_cache.kept("kernels.so", build)
+    assert [path.parent.parent for path in tried] == [fresh]
+    assert not caplog.records
+
+
 def mark(path: Path) -> None:
     path.write_text("built")
 

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlmq_serve.kernels.native_cache import BuildFailed, NoRoom, kept
+from vlmq_serve.kernels.native_cache import BuildFailed, Unwritable, kept
 
 SOURCES = Path(__file__).parent / "cpp"
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden")
@@ -20,13 +20,13 @@ def load(
     name: str, source: str, flags: Sequence[str], links: Sequence[str] = ()
 ) -> tuple[ctypes.CDLL | None, list[str]]:
     """The library of `source` by the first compiler whose build can be loaded, and what the ones before it said; both
-    empty where there is no compiler. `name` begins the file's; `links` come after the source. Where the disk is full
-    the other compilers are not tried."""
+    empty where there is no compiler. `name` begins the file's; `links` come after the source. Where no folder can be
+    written the other compilers are not tried."""
     failures: list[str] = []
     for compiler in _compilers():
         try:
             return ctypes.CDLL(str(_built(compiler, name, source, flags, links))), failures
-        except NoRoom as error:
+        except Unwritable as error:
             return None, [*failures, str(error)]
         except (OSError, BuildFailed) as error:
             failures.append(f"{' '.join(compiler)}: {str(error).strip()[-2000:]}")
@@ -74,5 +74,7 @@ def _built(compiler: tuple[str, ...], name: str, source: str, flags: Sequence[st
         # What lies between source and library goes to the same folder, as that is the one known to have room or not.
         command = (compiler[0], *options, str(SOURCES / source), *links, "-o", str(path))
         _run(command, TIMEOUT_S, TMPDIR=str(path.parent))
+        if not path.exists():
+            raise BuildFailed("ended well, and has written nothing")
 
     return kept(f"{name}-{key.hexdigest()[:16]}.so", build)

@@ -18,8 +18,8 @@ CACHE_ENVIRONMENT = "VLMQ_CACHE"
 logger = logging.getLogger(__name__)
 
 
-class NoRoom(Exception):
-    """A disk is full; the text says which and what to do."""
+class Unwritable(Exception):
+    """A folder takes no file; the text says which, why, and what to do."""
 
 
 class BuildFailed(Exception):
@@ -28,7 +28,7 @@ class BuildFailed(Exception):
 
 def kept(name: str, build: Callable[[Path], None]) -> Path:
     """The file `name` of the cache; where it is not there `build` writes it, for this process alone if the cache cannot
-    be written. `build` may leave other files beside the path that it is given."""
+    be written. `build` may leave other files beside the path that it is given; an OSError of it is the folder's."""
     folder = cache_folder()
     reason = _fault(folder)
     if reason is None:
@@ -38,7 +38,7 @@ def kept(name: str, build: Callable[[Path], None]) -> Path:
             if os.access(folder, os.W_OK):
                 return _write(folder / name, build)
             reason = "the folder cannot be written, and lacks those of this version for this CPU and compiler"
-        except NoRoom as error:
+        except Unwritable as error:
             reason = str(error)
     _warn(folder, reason)
     return _write(Path(_temporary_folder().name, name), build)
@@ -113,10 +113,9 @@ def _usable(path: Path) -> bool:
     """Whether `path` is a file of ours that can be read; a link is none, as its target may be anywhere."""
     try:
         status = path.lstat()
+        return stat.S_ISREG(status.st_mode) and _ours_alone(status) and _is_whole(path, status.st_size)
     except OSError:
         return False
-    allowed = stat.S_ISREG(status.st_mode) and _ours_alone(status) and os.access(path, os.R_OK)
-    return allowed and _is_whole(path, status.st_size)
 
 
 def _is_whole(path: Path, size: int) -> bool:
@@ -144,11 +143,14 @@ def _write(target: Path, build: Callable[[Path], None]) -> Path:
             path.chmod(0o755)  # whatever the umask: what the group could write would never be loaded
             return path.replace(target)
     except (OSError, BuildFailed) as error:
-        if not _tells_of_full_disk(error):
+        if _tells_of_full_disk(error):
+            remedy = f"free some space, or set {CACHE_ENVIRONMENT} to a folder on another"
+            raise Unwritable(f"the disk of {target.parent} is full; {remedy}") from error
+        if isinstance(error, BuildFailed):
             raise
-        raise NoRoom(
-            f"the disk of {target.parent} is full; free some space, or set {CACHE_ENVIRONMENT} to a folder on another"
-        ) from error
+        # Whatever os.access said: it does not know what a server of files, or a broken disk, will do.
+        remedy = f"set {CACHE_ENVIRONMENT} to another folder"
+        raise Unwritable(f"{target.parent} cannot be written ({error.strerror}); {remedy}") from error
 
 
 def _tells_of_full_disk(error: Exception) -> bool:
