@@ -199,11 +199,12 @@ def test_registration_is_idempotent() -> None:
     assert torch.ops.vlmq.gemm.default is before
 
 
-def test_gemm_registers_what_it_needs() -> None:
+def test_gemm_where_nothing_was_prepared() -> None:
     """As in a process that was sent a prepared weight."""
     code = (
         "import torch\n"
-        "from vlmq_serve.kernels import gemm\n"
+        "from vlmq_serve.kernels import ensure_integer, gemm\n"
+        "ensure_integer()\n"
         "y = gemm(torch.ones(1, 32), torch.zeros(1, 8, 32, dtype=torch.int32), torch.ones(1, 1, 32),\n"
         "         torch.ones(1, 1, 32, dtype=torch.uint8), 8, 32, 5, 'cpu_int16')\n"
         "assert torch.equal(y, torch.full((1, 5), -32.0))\n"

@@ -65,17 +65,11 @@ def fingerprint() -> str:
 def gemm(
     x: Tensor, qdata: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int, out_features: int, path: str
 ) -> Tensor:
-    """x [..., K] times a prepared weight (the fields of `PreparedWeight`), [..., N] in the dtype of x."""
-    if path in choice.ACTIVATION_BITS:
-        ensure_integer()
-    ensure_registered()
-    return product(x, qdata, scales, zeros, bits, group_size, out_features, path)
+    """x [..., K] times a prepared weight (the fields of `PreparedWeight`), [..., N] in the dtype of x.
 
-
-def product(
-    x: Tensor, qdata: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int, out_features: int, path: str
-) -> Tensor:
-    """`gemm` where the operators are known to be registered, as torch.compile cannot trace that."""
+    `prepare` registers the operators; in a process that was sent a prepared weight `ensure_integer` does, or
+    `ensure_registered` for paths without integer products. Not done here, as torch.compile traces this.
+    """
     x_bits = choice.ACTIVATION_BITS.get(path)
     y: Tensor
     if x_bits is None:

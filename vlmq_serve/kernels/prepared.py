@@ -11,7 +11,7 @@ from vlmq_serve.kernels import choice, cpu, scratch
 from vlmq_serve.kernels.gpu import gpu_of
 from vlmq_serve.kernels.integer import prepare_integer
 from vlmq_serve.kernels.nibbles import ROW_PAD, int4_kernel_block
-from vlmq_serve.kernels.op import ensure_integer, ensure_registered, product
+from vlmq_serve.kernels.op import ensure_integer, ensure_registered, gemm
 from vlmq_serve.kernels.plan import describe
 
 if TYPE_CHECKING:
@@ -107,5 +107,5 @@ def _repack(weight: PackedWeight, dtype: torch.dtype, path: str) -> tuple[Tensor
 def linear(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Tensor:
     """x [..., K] @ W.T + bias, [..., N] in the dtype of x."""
     w = weight
-    y = product(x, w.qdata, w.scales, w.zeros, w.bits, w.group_size, w.out_features, w.path)
+    y = gemm(x, w.qdata, w.scales, w.zeros, w.bits, w.group_size, w.out_features, w.path)
     return y if bias is None else y + bias
