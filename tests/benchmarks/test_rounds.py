@@ -1,11 +1,11 @@
-"""Ratios of paired measurements, and their intervals. That servers answer `ask` is shown by the table that it made."""
+"""Ratios of paired measurements, and their intervals. That servers and engines answer is shown by the tables made so."""
 
 import random
 import statistics
 
 import pytest
 
-from benchmarks.serving.paired import Timing, median_interval, question, summary
+from benchmarks.serving.rounds import Timing, median_interval, question, summary, turns
 
 pytestmark = pytest.mark.unit
 
@@ -46,3 +46,13 @@ def test_questions_differ_from_round_to_round_and_not_between_variants() -> None
     assert first[0]["image_url"]["url"].startswith("data:image/png;base64,")
     assert all(ours != theirs for ours, theirs in zip(first, other, strict=True))
     assert len(question(random.Random(1), 8, 0, 1)) == 1
+
+
+def test_all_are_asked_the_same_once_a_round_in_orders_of_chance() -> None:
+    """Round 0 too, which warms up; an order that stood still would favour whoever comes after an idle variant."""
+    asked = [*turns(["w4", "bf16", "w2"], 8, words=4, image=0)]
+    rounds = [asked[start : start + 3] for start in range(0, len(asked), 3)]
+    assert [{turn.round for turn in each} for each in rounds] == [{number} for number in range(9)]
+    assert all(sorted(turn.variant for turn in each) == ["bf16", "w2", "w4"] for each in rounds)
+    assert all(turn.content == each[0].content for each in rounds for turn in each)
+    assert len({tuple(turn.variant for turn in each) for each in rounds}) > 2
