@@ -1,4 +1,4 @@
-"""Ratios of paired measurements, and their intervals. That servers and engines answer is shown by the tables made so."""
+"""Ratios of paired measurements and their intervals. That servers and engines answer, their tables show."""
 
 import random
 import statistics
