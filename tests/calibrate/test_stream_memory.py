@@ -12,7 +12,13 @@ from vlmq_serve.calibrate.loading import load_model
 from vlmq_serve.calibrate.progress import SilentProgress
 from vlmq_serve.calibrate.recipe import make_recipe
 from vlmq_serve.calibrate.samples import build_samples
-from vlmq_serve.calibrate.stream_memory import available_bytes, judge_memory, pending_bytes, stream_bytes
+from vlmq_serve.calibrate.stream_memory import (
+    available_bytes,
+    judge_memory,
+    learning_bytes,
+    pending_bytes,
+    stream_bytes,
+)
 from vlmq_serve.calibrate.streams import capture_streams
 from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.format.headers import read_json
@@ -77,6 +83,31 @@ def test_what_does_not_fit_names_sizes_and_settings():
     message = "2 samples with 262144 tokens, 262000 in the longest, need 2.0 GiB .*, 1.5 GiB are free.*max_pixels"
     with pytest.raises(VLMQError, match=message):
         judge_memory([(144, 0), (262_000, 0)], 4096, 1024, 4, 3 * GIB // 2)
+
+
+def test_the_samples_that_a_simulated_tower_learns_from_are_counted():
+    """The first 64 are held together, and a batch of eight is copied; there are no hidden states yet."""
+    sizes = [(100, GIB // 64)] * 64 + [(100, GIB)] * 8
+    assert learning_bytes([size for _, size in sizes]) == GIB + GIB // 8
+    few = [(100, GIB)] * 3
+    assert judge_memory(few, 10, 1024, 4, 8 * GIB) is None
+    remark = judge_memory(few, 10, 1024, 4, 8 * GIB, tower_learns=True)
+    assert "need 6.0 GiB (for the images of 3, from which the vision tower learns) of the 8.0" in str(remark)
+
+
+def test_a_tower_that_would_hold_too_many_images_learns_nothing(tiny_model, data_file, tmp_path, monkeypatch):
+    """16 chats in batches of one: the images that wait are few, those that the tower learns from are not."""
+    monkeypatch.setattr(stream_memory, "MAX_PENDING_BYTES", 1)
+    monkeypatch.setattr(pipeline, "available_bytes", lambda: 2_500_000)
+    monkeypatch.setattr(pipeline, "simulate_vision", lambda *_: pytest.fail("the tower learns"))
+    tower = {"method": "qvlm", "activation_bits": 4, "simulated_vision": True}
+    given = {"group_size": 32, "device": "cpu", "samples": 16, "batch_tokens": 1}
+    with pytest.raises(VLMQError, match=r"16 samples .* the images of 16, from which the vision tower learns"):
+        pipeline.calibrate(tiny_model, tmp_path / "out", data_file, make_recipe(**tower, **given))
+    monkeypatch.undo()
+    monkeypatch.setattr(stream_memory, "MAX_PENDING_BYTES", 1)
+    monkeypatch.setattr(pipeline, "available_bytes", lambda: 2_500_000)
+    pipeline.calibrate(tiny_model, tmp_path / "plain", data_file, make_recipe(method="gptq", **given))
 
 
 def test_the_system_says_what_is_free_and_a_container_what_it_may_have(tmp_path):

@@ -14,9 +14,9 @@ from vlmq_serve.calibrate.families import find_adapter
 from vlmq_serve.calibrate.loading import load_processor
 from vlmq_serve.calibrate.pipeline import calibrate
 from vlmq_serve.calibrate.recipe import make_recipe
-from vlmq_serve.calibrate.samples import build_samples
+from vlmq_serve.calibrate.samples import CalibrationSample, build_samples
 from vlmq_serve.calibrate.vision import Factors, VisionSimulation, quantized_tower, vision_linears
-from vlmq_serve.calibrate.vision_clipping import learn_factors
+from vlmq_serve.calibrate.vision_clipping import equal_batches, learn_factors
 from vlmq_serve.calibrate.vision_loss import jacobian_norms, level_entropy, vision_loss
 from vlmq_serve.evaluate.loading import load_model
 from vlmq_serve.evaluate.simulation import load_simulated
@@ -123,6 +123,18 @@ def test_learning_lowers_the_loss_and_no_epochs_leave_the_ranges(setting):
             total += vision_loss(model, adapter, inputs, sample.modality[None], simulation, recipe).item()
         losses.append(total)
     assert losses[1] < losses[0]
+
+
+def test_batches_are_of_eight_however_short_the_samples_are():
+    """Twenty of 10 tokens hold fewer tokens than one of 1,000."""
+    samples = [
+        CalibrationSample(i, "", {"input_ids": torch.zeros(1, length)}, torch.zeros(length, dtype=torch.uint8))
+        for i, length in enumerate([10] * 20 + [1000])
+    ]
+    batches = equal_batches(samples)
+    assert sorted(len(batch) for batch in batches) == [1, 4, 8, 8]
+    assert sorted(sample.index for batch in batches for sample in batch) == list(range(21))
+    assert all(len({sample.length for sample in batch}) == 1 for batch in batches)
 
 
 def test_the_tower_is_simulated_and_stored_as_it_is(tiny_model, data_file, tmp_path):

@@ -145,8 +145,9 @@ def _check_memory(run: Run, feed: SampleFeed, dtype: torch.dtype) -> None:
         run.progress.advance()
     if not sizes:
         raise VLMQError(f"max_tokens: got {feed.max_tokens}, all {len(feed.data.chats)} samples are longer; raise it")
-    width, batch_tokens = run.plan.linears[0].shape[1], run.plan.recipe.batch_tokens
-    remark = judge_memory(sizes, batch_tokens, width, dtype.itemsize, available_bytes())
+    width, recipe = run.plan.linears[0].shape[1], run.plan.recipe
+    learns = recipe.simulated_vision
+    remark = judge_memory(sizes, recipe.batch_tokens, width, dtype.itemsize, available_bytes(), learns)
     if remark is not None:
         run.note(remark)
 

@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from vlmq_serve.calibrate.capture import MAX_PENDING_BYTES
+from vlmq_serve.calibrate.vision_clipping import LEARNING_BATCH, LEARNING_SAMPLES
 from vlmq_serve.format.errors import VLMQError
 
 
@@ -23,21 +24,37 @@ def pending_bytes(sizes: Sequence[tuple[int, int]], batch_tokens: int) -> int:
     return waiting + min(batch, waiting)
 
 
+def learning_bytes(sizes: Sequence[int]) -> int:
+    """What the samples hold that a simulated vision tower learns from, given by their bytes, with a batch's copy."""
+    held = sizes[:LEARNING_SAMPLES]
+    return sum(held) + sum(sorted(held)[-LEARNING_BATCH:])
+
+
 def judge_memory(
-    sizes: Sequence[tuple[int, int]], batch_tokens: int, width: int, itemsize: int, available: int | None
+    sizes: Sequence[tuple[int, int]],
+    batch_tokens: int,
+    width: int,
+    itemsize: int,
+    available: int | None,
+    tower_learns: bool = False,
 ) -> str | None:
     """A remark where samples, given by their tokens and bytes, take more than half of the `available` bytes.
 
     Raises `VLMQError` where they take more than all of them. None is nothing to say, or an unknown amount.
+    `tower_learns`: before there are hidden states, a simulated vision tower learns from some of the samples.
     """
     lengths = [tokens for tokens, _ in sizes]
     streams, pending = stream_bytes(sum(lengths), width, itemsize), pending_bytes(sizes, batch_tokens)
-    need = streams + pending
+    learning = learning_bytes([size for _, size in sizes]) if tower_learns else 0
+    need = max(streams + pending, learning)
     if available is None or 2 * need <= available:
         return None
+    parts = f"{_gib(streams)} for hidden states, {_gib(pending)} for images"
+    if need == learning:
+        parts = f"for the images of {min(len(sizes), LEARNING_SAMPLES)}, from which the vision tower learns"
     samples = (
         f"memory: {len(lengths)} samples with {sum(lengths)} tokens, {max(lengths)} in the longest, need {_gib(need)} "
-        f"({_gib(streams)} for hidden states, {_gib(pending)} for images)"
+        f"({parts})"
     )
     if need <= available:
         return f"{samples} of the {_gib(available)} that are free"

@@ -14,7 +14,7 @@ from vlmq_serve.calibrate.samples import VISION, CalibrationSample
 from vlmq_serve.calibrate.vision import SMALLEST_FACTOR, Factors, VisionSimulation, vision_linears
 from vlmq_serve.calibrate.vision_loss import vision_loss
 
-SAMPLES, BATCH = 64, 8
+LEARNING_SAMPLES, LEARNING_BATCH = 64, 8
 LEARNING_RATE = 0.01
 
 
@@ -25,10 +25,18 @@ def simulate_vision(
     if not recipe.simulated_vision or recipe.activation_bits is None:
         return None
     model.to(device)
-    seeing = [sample for sample in feed.first(SAMPLES) if bool((sample.modality == VISION).any())]
+    seeing = [sample for sample in feed.first(LEARNING_SAMPLES) if bool((sample.modality == VISION).any())]
     factors = learn_factors(model, adapter, seeing, recipe, device)
     model.to("cpu")
     return VisionSimulation(recipe.bits, recipe.activation_bits, factors)
+
+
+def equal_batches(samples: Sequence[CalibrationSample]) -> list[Sequence[CalibrationSample]]:
+    """At most 8 samples each, equally long ones."""
+    longest = max((sample.length for sample in samples), default=1)
+    groups = list(group_by_length(samples, LEARNING_BATCH * longest))
+    # A group is limited by its tokens: of short samples it holds more than 8.
+    return [group[i : i + LEARNING_BATCH] for group in groups for i in range(0, len(group), LEARNING_BATCH)]
 
 
 def learn_factors(
@@ -42,7 +50,7 @@ def learn_factors(
     names = vision_linears(model, adapter)
     raw = torch.ones(len(names), 2, device=device, requires_grad=True)
     optimizer = torch.optim.Adam([raw], LEARNING_RATE)
-    batches = list(group_by_length(samples, BATCH * max((sample.length for sample in samples), default=1)))
+    batches = equal_batches(samples)
     for _ in range(recipe.vision_epochs):
         for batch in batches:
             factors = {name: Factors(row[0], row[1]) for name, row in zip(names, raw, strict=True)}

@@ -18,7 +18,7 @@ from vlmq_serve.format.headers import read_header, read_json
 from vlmq_serve.format.weight import PackedWeight
 
 _STATE = "state.json"
-_WORK_FORMAT = 2
+_WORK_FORMAT = 3
 """Goes up when the same recipe and data give other layers than before: half of each would be neither."""
 
 
