@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.calibrate.test_families import make_model  # noqa: F401  # a fixture
+from vlmq_serve.calibrate import pipeline
+from vlmq_serve.calibrate.memory_estimate import estimate_bytes
 from vlmq_serve.calibrate.pipeline import calibrate
 from vlmq_serve.calibrate.planning import make_plan
 from vlmq_serve.calibrate.recipe import make_recipe
@@ -150,7 +153,27 @@ def test_the_plan_counts_what_rounded_embeddings_take(tiny_model, tmp_path, tied
     round_parts(model, plan, None)
     taken = bytes_of(model) - before
     assert (taken > 0) == tied
-    assert plan.estimated_bytes - make_plan(source, make_recipe(**settings)).estimated_bytes == taken
+    assert estimate_bytes(plan, True) - estimate_bytes(make_plan(source, make_recipe(**settings)), True) == taken
+
+
+def test_rounded_parts_leave_the_memory_before_the_layers_begin(tiny_model, data_file, tmp_path, monkeypatch):
+    """Their packed weights are in the work folder; on a GPU a table of embeddings would take what the layers need."""
+    alive = []
+
+    def rounded(*given):
+        found = round_parts(*given)
+        alive.extend(weakref.ref(weight) for _, packed in found for weight in packed.values())
+        assert len(alive) > 1
+        return found
+
+    def begin(*given):
+        assert [ref for ref in alive if ref() is not None] == []
+        raise VLMQError("begun")
+
+    monkeypatch.setattr(pipeline, "round_parts", rounded)
+    monkeypatch.setattr(pipeline, "quantize_layer", begin)
+    with pytest.raises(VLMQError, match="begun"):
+        calibrate(tiny_model, tmp_path / "out", data_file, make_recipe(samples=2, **ALL))
 
 
 def untied(model, folder):

@@ -1,10 +1,13 @@
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from vlmq_serve.calibrate import pipeline
+from vlmq_serve.calibrate.memory_estimate import estimate_bytes
 from vlmq_serve.calibrate.pipeline import calibrate
 from vlmq_serve.calibrate.planning import make_plan
 from vlmq_serve.calibrate.recipe import make_recipe
@@ -22,7 +25,7 @@ def test_plan_lists_linears_and_touches_nothing(tiny_model):
     assert plan.linears[0].shape == (64, 64)
     assert plan.linears[0].bytes_after == 64 * 6 * 4 + 64 * 2 * 2 + 64 * 2
     assert plan.bytes_after < plan.bytes_before
-    assert plan.estimated_bytes > 0
+    assert estimate_bytes(plan, with_data=True) > estimate_bytes(plan, with_data=False) > 0
     assert {path: path.stat().st_mtime_ns for path in tiny_model.rglob("*")} == before
 
 
@@ -94,3 +97,28 @@ def test_sources_of_mixed_dtypes_get_scales_of_one(tiny_model, tmp_path, data_fi
     tensors, config = read_tensor_index(tmp_path / "out"), read_json(tmp_path / "out" / "config.json")
     assert {info.dtype for name, info in tensors.items() if name.endswith(".scales")} == {"BF16"}
     assert config_problems(tensors, QuantizationSpec.from_dict(config["quantization_config"]), config) == []
+
+
+MEASURE = """
+import sys
+from vlmq_serve.calibrate.pipeline import calibrate
+from vlmq_serve.calibrate.recipe import make_recipe
+from vlmq_serve.calibrate.resident import peak_resident_mib
+settings = dict(entry.split("=") for entry in sys.argv[3:])
+calibrate(sys.argv[1], sys.argv[2], None, make_recipe(method="rtn", group_size=32, **settings))
+print(peak_resident_mib())
+"""
+
+
+@pytest.mark.parametrize("parts", [{}, {"lm_head": "w8"}, {"lm_head": "w4", "embeddings": "w8"}])
+def test_rounding_without_data_takes_about_what_the_plan_says(tiny_model, tmp_path, parts):
+    """A table of 1.2 million words beside a decoder of 64: 150 MiB where the largest decoder linear has 12 KiB."""
+    source = shutil.copytree(tiny_model, tmp_path / "model")
+    (shard,) = source.glob("*.safetensors")
+    tensors = load_file(shard)
+    table = next(name for name in tensors if name.endswith("embed_tokens.weight"))
+    save_file(tensors | {table: tensors[table].repeat(3000, 1)}, shard, {"format": "pt"})
+    given = [source, tmp_path / "out", *(f"{part}={scheme}" for part, scheme in parts.items())]
+    measured = subprocess.run([sys.executable, "-c", MEASURE, *map(str, given)], capture_output=True, check=True)
+    estimate = estimate_bytes(make_plan(source, make_recipe(method="rtn", group_size=32, **parts)), with_data=False)
+    assert estimate / 2**20 == pytest.approx(float(measured.stdout), rel=0.25)

@@ -47,8 +47,11 @@ def random_weight(scheme: Scheme, rows: int = 6, cols: int = 256) -> tuple[Packe
     return PackedWeight.from_codes(codes, scales, zeros, scheme), expected
 
 
+@pytest.mark.parametrize("at_once", [2**24, 4 * 256, 1])
 @pytest.mark.parametrize("text", ["w2g32", "w3g64", "w4g128", "w3g-1", "w4g64s", "w8g128"])
-def test_dequantize_is_the_formula(text: str) -> None:
+def test_dequantize_is_the_formula(text: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of six rows: all together, four and two, or one by one."""
+    monkeypatch.setattr("vlmq_serve.format.weight._NUMBERS_AT_ONCE", at_once)
     weight, expected = random_weight(Scheme.parse(text))
     assert weight.shape == (6, 256)
     torch.testing.assert_close(weight.dequantize(), expected, rtol=0, atol=0)

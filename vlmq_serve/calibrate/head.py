@@ -40,7 +40,7 @@ def quantize_head(linear: LinearPlan, norm: nn.Module, plan: Plan, streams: Stre
             solution = solve(linear, full, recipe, statistics, factors)
             sums += error_sums(solution.dequantize() - full, full, statistics.hessian)
             damping = solution.damping
-            parts.append(solution.pack())
+            parts.append(solution.pack().to("cpu"))
         packed, weight_error = join_rows(parts), float(sums[0] / sums[1])
         errors = {ALL: float(sums[2] / sums[3])}
     else:

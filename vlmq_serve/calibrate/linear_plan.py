@@ -46,7 +46,7 @@ class LinearPlan:
 
     @property
     def bytes_before(self) -> int:
-        return 0 if self.tied_to else self._dense_bytes
+        return 0 if self.tied_to else self.dense_bytes
 
     @property
     def bytes_after(self) -> int:
@@ -56,7 +56,7 @@ class LinearPlan:
         return sum(n * k * _ITEM_BYTES.get(suffix, self.stored_dtype.itemsize) for suffix, (n, k) in shapes.items())
 
     @property
-    def _dense_bytes(self) -> int:
+    def dense_bytes(self) -> int:
         return self.shape[0] * self.shape[1] * self.dtype.itemsize
 
 

@@ -20,7 +20,7 @@ from vlmq_serve.calibrate.planning import make_plan
 from vlmq_serve.calibrate.progress import Progress, SilentProgress
 from vlmq_serve.calibrate.recipe import Recipe
 from vlmq_serve.calibrate.report import REPORT_FOLDER, RUN_FILE, LayerResult, RunReport
-from vlmq_serve.calibrate.rounded_parts import round_parts
+from vlmq_serve.calibrate.rounded_parts import Rounded, round_parts
 from vlmq_serve.calibrate.rounding import round_layers
 from vlmq_serve.calibrate.run import Run
 from vlmq_serve.calibrate.signals import LayerSignals, layer_signals
@@ -126,14 +126,22 @@ def _calibrate(run: Run, data: CalibrationData) -> list[LayerResult]:
     run.seconds["capture"] = perf_counter() - started
     _describe_data(run, data, feed, streams)
     run.work.prepare(run.resume)
-    for result, packed in rounded:
-        run.work.store(result, packed)
-    parts = [result for result, _ in rounded]
+    parts = _hand_over(rounded, run.work)
     results = _run_layers(run, layers, streams, gradients)
     if run.plan.head is not None:
         norm = adapter.decoder(model).get_submodule("norm")
         parts.append(quantize_head(run.plan.head, norm, run.plan, streams, run.work))
     return results + sorted(parts, key=lambda part: part.index)
+
+
+def _hand_over(rounded: list[Rounded], work: WorkFolder) -> list[LayerResult]:
+    """From here on only the work folder holds the packed weights of what is rounded before the decoder."""
+    results = []
+    while rounded:
+        result, packed = rounded.pop()
+        work.store(result, packed)
+        results.append(result)
+    return results
 
 
 def _check_memory(run: Run, feed: SampleFeed, dtype: torch.dtype) -> None:

@@ -6,14 +6,9 @@ from pathlib import Path
 
 from vlmq_serve.calibrate.families.adapter import ModelAdapter
 from vlmq_serve.calibrate.linear_plan import LinearPlan
-from vlmq_serve.calibrate.loading import choose_device, choose_dtype
 from vlmq_serve.calibrate.recipe import Recipe
 from vlmq_serve.calibrate.sources import taps_of
-from vlmq_serve.calibrate.stream_memory import stream_bytes
 from vlmq_serve.format.names import is_under
-
-_ASSUMED_TOKENS = 512  # known only once the images have been read; `stream_memory` checks those
-_RUNTIME_BYTES = 600 * 2**20  # Python with torch and transformers, measured
 
 
 @dataclass(frozen=True)
@@ -81,31 +76,6 @@ class Plan:
         for linear in self.linears:
             table[linear.layer][linear.local] = linear
         return table
-
-    @property
-    def assumed_tokens(self) -> int:
-        """Tokens of a sample in `estimated_bytes`."""
-        return self.recipe.max_tokens or _ASSUMED_TOKENS
-
-    @property
-    def estimated_bytes(self) -> int:
-        """Rough peak memory: weights, both hidden-state streams (of `assumed_tokens` a sample), solver matrices."""
-        item = choose_dtype(self.recipe.dtype, choose_device(self.recipe.device)).itemsize
-        source_item = self.linears[0].dtype.itemsize
-        if not self.recipe.needs_data:
-            return _RUNTIME_BYTES + 16 * max(linear.shape[0] * linear.shape[1] for linear in self.linears)
-        tokens = self.recipe.samples * self.assumed_tokens
-        streams = stream_bytes(tokens, self.linears[0].shape[1], item)
-        widest = max(linear.shape[1] for linear in self.linears)
-        weights = self.bytes_before // source_item * item + self._second_table * item
-        return _RUNTIME_BYTES + weights + streams + 6 * 4 * widest**2
-
-    @property
-    def _second_table(self) -> int:
-        """Numbers of the embeddings that are rounded beside those that a tied head keeps (`round_parts`)."""
-        if self.embeddings is None or self.embeddings.scheme is None or self.head is None or not self.head.tied_to:
-            return 0
-        return self.embeddings.shape[0] * self.embeddings.shape[1]
 
 
 def _alone(linear: LinearPlan | None) -> tuple[LinearPlan, ...]:

@@ -17,8 +17,8 @@ Rounded = tuple[LayerResult, Mapping[str, PackedWeight]]
 
 
 def round_parts(model: nn.Module, plan: Plan, stored: WorkFolder | None) -> list[Rounded]:
-    """Vision tower and embeddings of `model` with dequantized weights; `stored`: of an interrupted run, whose parts are
-    taken where it has them."""
+    """Vision tower and embeddings of `model` with dequantized weights, and what is to be kept of them, on the CPU;
+    `stored`: of an interrupted run, whose parts are taken where it has them."""
     found = []
     if plan.vision:
         found.append(_rounded(plan.vision, plan, stored))

@@ -72,9 +72,10 @@ def round_linear(linear: LinearPlan, plan: Plan) -> tuple[PackedWeight, float]:
     parts, error, energy = [], 0.0, 0.0
     for rows in weight.split(ROWS_AT_ONCE):
         full = rows.to(device, torch.float32)
-        parts.append(solve(linear, full, recipe, None, {}).pack())
-        error += float((parts[-1].dequantize() - full).square().sum())
+        packed = solve(linear, full, recipe, None, {}).pack()
+        error += float((packed.dequantize() - full).square().sum())
         energy += float(full.square().sum())
+        parts.append(packed.to("cpu"))
     return join_rows(parts), error / max(energy, 1e-30)
 
 

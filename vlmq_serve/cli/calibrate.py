@@ -93,9 +93,10 @@ def calibrate(
 
 
 def _plan_table(plan: "Plan", recipe: "Recipe", output: Path, data: Path | None) -> Table:
+    from vlmq_serve.calibrate.memory_estimate import assumed_tokens, estimate_bytes
     from vlmq_serve.calibrate.unused import unused_settings
 
-    assumed = f" with samples of {plan.assumed_tokens} tokens" if recipe.needs_data else ""
+    assumed = f" with samples of {assumed_tokens(plan)} tokens" if data else ""
     table = Table(title="Plan", title_justify="left", show_header=False)
     rows = {
         "model": f"{plan.source} ({plan.adapter.model_type}, {plan.layers} decoder layers)",
@@ -106,9 +107,9 @@ def _plan_table(plan: "Plan", recipe: "Recipe", output: Path, data: Path | None)
         "embeddings": _schemes_and_sizes([plan.embeddings] if plan.embeddings else []),
         "left alone": "\n".join(_left_alone(plan)) or "-",
         "without effect": ", ".join(unused_settings(recipe)),
-        "data": f"{data}, up to {recipe.samples} chats" if recipe.needs_data else "not needed",
+        "data": f"{data}, up to {recipe.samples} chats" if data else "not needed",
         "size": f"{human_bytes(plan.bytes_before)} -> {human_bytes(plan.bytes_after)}",
-        "memory": f"about {human_bytes(plan.estimated_bytes)}{assumed}",
+        "memory": f"about {human_bytes(estimate_bytes(plan, data is not None))}{assumed}",
         "output": str(output),
     }
     for key, value in rows.items():
