@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import save_file
 
 from benchmarks.serving.sizes import SIZES, Size
 from vlmq_serve.calibrate.pipeline import calibrate
 from vlmq_serve.calibrate.recipe import make_recipe
 from vlmq_serve.cli.console import RichProgress
 from vlmq_serve.format.headers import INDEX_FILE
+from vlmq_serve.format.tensor_file import save_tensors
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny-qwen2vl"
 GROUP = 128
@@ -63,7 +63,7 @@ def write_random_model(folder: Path, size: Size) -> None:
     _widen_tokenizer(staging / "tokenizer.json", size.vocabulary)
     weight_map: dict[str, str] = {}
     for shard, shapes in _shards(staging, size):
-        save_file({name: _random(name, shape) for name, shape in shapes.items()}, staging / shard, {"format": "pt"})
+        save_tensors({name: _random(name, shape) for name, shape in shapes.items()}, staging / shard, {"format": "pt"})
         weight_map.update(dict.fromkeys(shapes, shard))
     index = {"metadata": {}, "weight_map": weight_map}
     (staging / INDEX_FILE).write_text(json.dumps(index, indent=1), encoding="utf-8")

@@ -1,6 +1,7 @@
 """Key-by-key rewriting of a model folder: what changes, what must not, and what happens when it dies."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -88,6 +89,18 @@ def test_only_the_quantized_weights_change(source: Path, tmp_path: Path) -> None
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(info.nbytes for info in after.values())
     assert not list(tmp_path.glob("*.writing"))
+
+
+def test_the_weights_may_be_read_by_whoever_may_read_the_config(source: Path, tmp_path: Path) -> None:
+    """safetensors 0.8 makes files of mode 0600: a server that is another user could not read them."""
+    before = os.umask(0o022)
+    try:
+        write_checkpoint(source, tmp_path / "out", quantized(), SPEC)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").glob("*.*")}
+    assert len(modes) > 3
+    assert set(modes.values()) == {0o644}, modes
 
 
 def test_changed_tensors_take_their_place_in_the_source_s_dtype(source: Path, tmp_path: Path) -> None:

@@ -7,8 +7,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from safetensors.torch import save_file
-
 import vlmq_serve
 from vlmq_serve.calibrate.planning import make_spec
 from vlmq_serve.calibrate.report import (
@@ -22,6 +20,7 @@ from vlmq_serve.calibrate.report import (
 from vlmq_serve.calibrate.run import Run
 from vlmq_serve.calibrate.saliency import save_saliency
 from vlmq_serve.format.shards import write_checkpoint
+from vlmq_serve.format.tensor_file import save_tensors
 
 SALIENCY_FILE = "saliency.safetensors"
 
@@ -39,7 +38,7 @@ def finish_run(run: Run, layers: list[LayerResult], started: float) -> RunReport
         run.details["saliency"] = {"samples": saliency["samples"], "taps": saliency["taps"]}
     inputs = run.work.all_inputs()
     if inputs:
-        save_file(inputs, report_folder / INPUTS_FILE)
+        save_tensors(inputs, report_folder / INPUTS_FILE)
         run.note("activations were simulated; a served checkpoint has its weights and activations of 16 bits")
     report = RunReport(
         out=run.out,

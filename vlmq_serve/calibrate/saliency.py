@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vlmq_serve.format.errors import VLMQError
+from vlmq_serve.format.tensor_file import save_tensors
 
 
 def saliency_map(weights: Tensor, grid_thw: Sequence[int] | Tensor, merge_size: int) -> Tensor:
@@ -36,4 +36,4 @@ def save_saliency(
             tensors[f"sample.{index}.importance"] = torch.stack(stacked).contiguous()
             tensors[f"sample.{index}.modality"] = modality[index].contiguous()
             tensors[f"sample.{index}.image_grid_thw"] = grid.contiguous()
-    save_file(tensors, path)
+    save_tensors(tensors, path)

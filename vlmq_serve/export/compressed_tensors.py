@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vlmq_serve.format.config import QuantizationSpec
@@ -40,6 +39,7 @@ from vlmq_serve.format.headers import (
 from vlmq_serve.format.names import EMBEDDINGS, HEAD, fused_groups, part_of_model
 from vlmq_serve.format.packing import pack_codes
 from vlmq_serve.format.scheme import CODES_PER_BLOCK, WORD_BITS, Scheme
+from vlmq_serve.format.tensor_file import save_tensors
 from vlmq_serve.format.weight import PackedWeight
 
 _REPORT_FOLDER = "vlmq"
@@ -63,7 +63,7 @@ def export_compressed_tensors(source: str | Path, out: str | Path) -> None:
         weight_map: dict[str, str] = {}
         for path in shard_files(source):
             converted = _convert_shard(path, spec)
-            save_file(converted, staging / path.name, {"format": "pt"})
+            save_tensors(converted, staging / path.name, {"format": "pt"})
             weight_map.update(dict.fromkeys(converted, path.name))
         if (source / INDEX_FILE).exists():
             _write_json(staging / INDEX_FILE, {"metadata": {}, "weight_map": weight_map})

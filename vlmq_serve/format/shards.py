@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from vlmq_serve.format.config import QuantizationSpec
 from vlmq_serve.format.errors import VLMQError
@@ -25,6 +24,7 @@ from vlmq_serve.format.headers import (
     shard_files,
 )
 from vlmq_serve.format.names import HEAD, part_of_model
+from vlmq_serve.format.tensor_file import save_tensors
 from vlmq_serve.format.weight import PackedWeight
 
 # Other forms of the same weights: copying them would ship the unquantized model along.
@@ -167,7 +167,7 @@ def _write_shard(
                 tensors[key] = shard.get_tensor(key)
                 if key in changed:
                     tensors[key] = changed[key].to(tensors[key].dtype)
-    save_file(tensors, target, metadata or {"format": "pt"})
+    save_tensors(tensors, target, metadata or {"format": "pt"})
     weight_map.update(dict.fromkeys(tensors, target.name))
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
