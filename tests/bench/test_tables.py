@@ -2,14 +2,17 @@
 
 import csv
 import json
+import os
+import threading
 from dataclasses import asdict
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from vlmq_serve.bench.memory import device_memory, sample
-from vlmq_serve.bench.serving import ServerFacts, bench_arguments, missing_loads, run_variant
+from vlmq_serve.bench.serving import ServerFacts, bench_arguments, missing_loads, note_start, run_variant
 from vlmq_serve.bench.tables import markdown, ratio_table, read_rows
 from vlmq_serve.bench.variants import FULL, QUICK, Load, Variant, with_arguments
 from vlmq_serve.cli import app
@@ -102,6 +105,42 @@ def test_a_variant_that_fails_does_not_end_the_others(results: Path, monkeypatch
     assert done.exit_code == 1
     assert "bf16 failed: vllm: command not found" in done.stderr
     assert "w3" in (results / "memory.csv").read_text()
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """As `vllm serve` with a model that has no chat template."""
+
+    def do_GET(self) -> None:
+        self.reply(
+            200, {"object": "list", "data": [{"id": "model", "object": "model", "created": 0, "owned_by": "us"}]}
+        )
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.reply(400, {"error": {"message": "you must provide a chat template"}})
+
+    def reply(self, status: int, content: dict[str, object]) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_model_that_cannot_chat_fails_as_a_variant_does(tmp_path: Path) -> None:
+    web = HTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=web.serve_forever, daemon=True).start()
+    (tmp_path / "log").touch()
+    server = Server(f"http://127.0.0.1:{web.server_port}/v1", "model", tmp_path / "log", 1.0, os.getpid())
+    try:
+        with pytest.raises(VLMQError, match=r"first request: no answer .*must provide a chat template"):
+            note_start(Variant("base", MODEL), server, tmp_path)
+    finally:
+        web.shutdown()
+        web.server_close()
 
 
 def test_arguments_for_all_and_for_one() -> None:

@@ -89,6 +89,17 @@ def test_the_server_is_stopped_when_the_block_fails(tmp_path: Path, monkeypatch:
     assert wait_dead(int(pid_file.read_text()))
 
 
+def test_a_model_in_the_current_folder_has_the_name_of_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM refuses to serve a model without a name."""
+    install(tmp_path, monkeypatch, HEALTHY)
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path / "model")
+    with server.serve(Path(), tmp_path / "log", timeout_s=30) as running:
+        assert running.model == "model"
+
+
 def test_no_vllm_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))

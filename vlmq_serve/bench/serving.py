@@ -131,10 +131,10 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 def _answer_once(server: Server) -> None:
     """The first request pays for what is set up lazily; it belongs to the start and not to a measurement."""
-    from vlmq_serve.evaluate.endpoint import connect
+    from vlmq_serve.evaluate.endpoint import ask_messages, connect
 
     client, model = connect(server.base_url)
-    client.chat.completions.create(model=model, messages=[{"role": "user", "content": "hi"}], max_tokens=2)
+    ask_messages(client, model, [{"role": "user", "content": "hi"}], 2, "first request")
 
 
 def bench_arguments(variant: Variant, server: Server, load: Load, folder: Path) -> list[str]:

@@ -67,16 +67,19 @@ def _wrong_key(where: str) -> VLMQError:
 
 def ask(client: Any, model: str, chat: Chat, max_new_tokens: int = 32) -> str:
     """Greedy answer to one chat; `VLMQError` with its line where the server refuses it or is gone."""
+    return ask_messages(client, model, openai_messages(chat), max_new_tokens, chat.where)
+
+
+def ask_messages(client: Any, model: str, messages: Sequence[Any], max_new_tokens: int, where: str) -> str:
+    """Greedy answer to messages in the form of the OpenAI API; `VLMQError` that begins with `where` without one."""
     import openai
 
     try:
-        reply = client.chat.completions.create(
-            model=model, messages=openai_messages(chat), max_tokens=max_new_tokens, temperature=0
-        )
+        reply = client.chat.completions.create(model=model, messages=messages, max_tokens=max_new_tokens, temperature=0)
     except openai.AuthenticationError:
-        raise _wrong_key(chat.where) from None
+        raise _wrong_key(where) from None
     except openai.OpenAIError as error:
-        raise VLMQError(f"{chat.where}: no answer from the server ({' '.join(str(error).split())[:200]})") from None
+        raise VLMQError(f"{where}: no answer from the server ({' '.join(str(error).split())[:200]})") from None
     return str(reply.choices[0].message.content or "").strip()
 
 

@@ -61,7 +61,7 @@ def serve(
     ends early or is not ready after `timeout_s`, with the end of its log.
     """
     port = free_port()
-    name = checkpoint.name
+    name = Path(os.path.abspath(checkpoint)).name  # `.` has none
     command = [find_vllm(), "serve", str(checkpoint), "--host", "127.0.0.1", "--port", str(port)]
     command += ["--served-model-name", name, *arguments]
     start = time.monotonic()
