@@ -94,13 +94,16 @@ def test_eval_writes_answers_and_compares(rtn_w4: Path, tmp_path: Path) -> None:
     fewer = vlmq("eval", rtn_w4, "--data", EVALUATION, "--limit", 4, "-o", tmp_path / "w4.json",
                  "--reference", tmp_path / "bf16.json")  # fmt: skip
     assert "was asked other questions" in one_error(fewer)
-    assert len(json.loads((tmp_path / "w4.json").read_text())["answers"]) == 4  # they are not lost for that
+    assert "evaluate" not in fewer.stdout  # before a model is loaded
+    assert not (tmp_path / "w4.json").exists()
+    lost = vlmq("eval", MODEL.parent / "nowhere", "--data", tmp_path / "nowhere.jsonl")
+    assert "nowhere.jsonl: cannot be read" in one_error(lost)
     assert "cannot be written" in one_error(vlmq("eval", rtn_w4, "--data", EVALUATION, "-o", tmp_path))
-    again = ("eval", MODEL, "--data", EVALUATION, "--limit", 2, "-o", tmp_path / "w4.json")
+    again = ("eval", MODEL, "--data", EVALUATION, "--limit", 2, "-o", tmp_path / "bf16.json")
     assert "exists already" in one_error(vlmq(*again))
-    assert len(json.loads((tmp_path / "w4.json").read_text())["answers"]) == 4
+    assert len(json.loads((tmp_path / "bf16.json").read_text())["answers"]) == 24
     assert vlmq(*again, "--overwrite").exit_code == 0
-    assert len(json.loads((tmp_path / "w4.json").read_text())["answers"]) == 2
+    assert len(json.loads((tmp_path / "bf16.json").read_text())["answers"]) == 2
 
 
 def test_eval_in_another_dtype_is_recorded_and_said(rtn_w4: Path, tmp_path: Path) -> None:

@@ -51,9 +51,10 @@ def evaluate(
     Example: vlmq eval http://localhost:8000/v1 --data eval.jsonl
     """
     from vlmq_serve.evaluate.place import Place
-    from vlmq_serve.evaluate.run import evaluate_chats, read_evaluation
+    from vlmq_serve.evaluate.run import check_questions, evaluate_chats, read_evaluation
 
     earlier = read_evaluation(reference) if reference else None
+    check_questions(data, limit, earlier)
     if output is not None:
         check_output(output, overwrite)
     remote = model.startswith(("http://", "https://"))
@@ -75,7 +76,7 @@ def evaluate(
             limit=limit,
             on_answer=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    if output is not None:  # before the comparison, which may refuse the reference
+    if output is not None:
         output.write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
     out.print(accuracy_table(result, earlier))
     note = result.dtype_note(earlier) if earlier else None

@@ -60,7 +60,9 @@ class Evaluation:
 
     def _check_same_questions(self, other: "Evaluation") -> None:
         if self.tasks != other.tasks or self.expected != other.expected:
-            raise VLMQError(f"reference {other.model}: was asked other questions than {self.model}; use one data file")
+            raise VLMQError(
+                f"reference {other.model}: was asked other questions than {self.model}; use one data file and --limit"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Everything, with the derived figures beside it for readers of the file."""
@@ -90,6 +92,13 @@ def read_evaluation(path: str | Path) -> Evaluation:
         return Evaluation(model=raw["model"], data=raw["data"], **lists, device=device, dtype=dtype)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise VLMQError(f"{path}: not an evaluation that `vlmq eval --output` wrote ({error})") from None
+
+
+def check_questions(data: Path, limit: int | None, reference: Evaluation | None) -> None:
+    """`VLMQError`, before the work, for a faulty `data` and a `reference` that was asked other questions."""
+    asked = evaluate_chats("this run", data, lambda chats: iter([""] * len(chats)), limit=limit)
+    if reference is not None:
+        asked.agreement(reference)
 
 
 def evaluate_chats(
