@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ from vlmq_serve.evaluate.quality.seeds import check_seeds, mean_overlap
 from vlmq_serve.evaluate.quality.variants import Variant
 from vlmq_serve.evaluate.run import Evaluation, evaluate_chats, read_evaluation
 from vlmq_serve.evaluate.simulation import load_simulated
+from vlmq_serve.format.errors import VLMQError
 
 ShowProgress = Callable[[], AbstractContextManager[Progress]]
 
@@ -141,9 +145,15 @@ class Bench:
             return self.model, Cost(bytes=sum(f.stat().st_size for f in self.model.glob("*.safetensors")))
         shutil.rmtree(folder, ignore_errors=True)  # a checkpoint without its answers: an interrupted run
         # A process of its own, so that its highest memory is that of this calibration.
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            arguments = (self.model, folder, self.calibration, variant.recipe, self.show)
-            return folder, pool.submit(_calibrate, *arguments).result()
+        arguments = (self.model, folder, self.calibration, variant.recipe, self.show)
+        try:
+            with ProcessPoolExecutor(1, get_context("spawn"), _end_with_parent) as pool:
+                return folder, pool.submit(_calibrate, *arguments).result()
+        except BrokenProcessPool:
+            raise VLMQError(
+                f"{variant.name}: the process of its calibration was killed, as the system does where memory is short; "
+                "free some, or use fewer samples; finished variants are kept"
+            ) from None
 
     def _question(self, variant: Variant, folder: Path) -> tuple[Evaluation, Divergence]:
         reference = None if variant.recipe is None else self._reference
@@ -178,6 +188,18 @@ class Bench:
         for sample in build_samples(load_processor(self.model), chats, find_adapter(self.model).image_token_id(config)):
             progress.advance()
             yield sample
+
+
+def _end_with_parent() -> None:
+    """Runs in the child process: left alone by a killed command, it would calibrate on, beside the next run."""
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _calibrate(model: Path, out: Path, data: Path, recipe: Recipe, show: ShowProgress) -> Cost:
