@@ -90,6 +90,8 @@ def test_measures_symmetric_codes_of_8_bits(tmp_path: Path) -> None:
     [
         (("--models", "72B"), "--models: got"),
         (("--rows", "1;2"), "--rows: got '1;2'"),
+        (("--rows", "4,0"), "--rows: got 0, allowed 1 and more"),
+        (("--plot", "speed.foo"), "--plot speed.foo: got suffix '.foo', allowed "),
         (("--bits", "5"), "bits: got 5"),
         (("--dtype", "fp8"), "--dtype: got 'fp8'"),
         (("--device", "tpu"), "--device: got 'tpu'"),
@@ -101,6 +103,13 @@ def test_bad_input_is_one_error(arguments: tuple[str, ...], message: str, tmp_pa
     assert result.exit_code == 1
     assert message in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.unit
+def test_a_folder_is_no_table(tmp_path: Path) -> None:
+    result = bench("-o", tmp_path, "--rows", 1)
+    assert result.exit_code == 1
+    assert f"--output {tmp_path}: cannot be written" in result.stderr
 
 
 @pytest.mark.unit

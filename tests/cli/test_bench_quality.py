@@ -1,8 +1,15 @@
 """`vlmq bench quality` on the shipped model with a handful of chats: real calibrations, real answers."""
 
+import contextlib
 import gc
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +28,23 @@ def bench(tmp_path: Path, *arguments: str) -> Result:
     given += ["--questions", str(DATA / "evaluation.jsonl"), "-o", str(tmp_path / "table"), "--scheme", "w2g64"]
     given += ["--samples", "8", "--limit", "16", "--divergence-chats", "8", "--work", str(tmp_path / "work")]
     return CliRunner().invoke(app, ["bench", "quality", *given, *arguments], env={"COLUMNS": "200"})
+
+
+def test_an_output_that_cannot_be_is_said_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "table.md").mkdir()
+    for output, message in {
+        tmp_path / "file" / "table": "file: File exists",
+        tmp_path: f"--output {tmp_path}: is a folder",
+        tmp_path / "table": "table.md: cannot be written",
+    }.items():
+        result = bench(tmp_path, "-o", str(output))
+        assert result.exit_code == 1
+        assert message in result.stderr
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+    missing = bench(tmp_path, "-o", str(tmp_path / "other"))
+    assert "--output: matplotlib is not installed; pip install" in missing.stderr
+    assert not (tmp_path / "work").exists()
 
 
 def test_a_table_and_a_second_run_that_keeps_what_is_done(tmp_path: Path) -> None:
@@ -93,3 +117,63 @@ def test_bad_requests_are_one_line_and_leave_nothing(tmp_path: Path, arguments: 
     assert message in result.stderr
     assert "Traceback" not in result.output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_command_leaves_no_calibration_behind(tmp_path: Path) -> None:
+    """It would go on into the folder that the next run of the same command makes anew."""
+    with running(tmp_path) as (command, calibration):
+        command.kill()
+        command.wait()
+        assert wait_until(lambda: not Path(f"/proc/{calibration}").exists())
+
+
+def test_a_calibration_that_is_killed_is_one_error(tmp_path: Path) -> None:
+    with running(tmp_path) as (command, calibration):
+        os.kill(calibration, signal.SIGKILL)
+        output, _ = command.communicate(timeout=60)
+    assert command.returncode == 1
+    assert "error: gptq-w2g64-seed0: the process of its calibration was killed" in output
+    assert "Traceback" not in output
+
+
+@contextlib.contextmanager
+def running(tmp_path: Path) -> Iterator[tuple["subprocess.Popen[str]", int]]:
+    """The command in a process of its own, and the id of the process that calibrates; both are gone afterwards."""
+    arguments = [str(ROOT / "examples" / "tiny-qwen2vl"), "--data", str(DATA / "calibration.jsonl"), "--questions"]
+    arguments += [str(DATA / "evaluation.jsonl"), "-o", str(tmp_path / "table"), "--scheme", "w2g64", "--limit", "2"]
+    arguments += ["--method", "gptq", "--divergence-chats", "1", "--work", str(tmp_path / "work")]
+    script = "from vlmq_serve.cli import app; app()"
+    command = subprocess.Popen(
+        [sys.executable, "-c", script, "bench", "quality", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env={**os.environ, "COLUMNS": "200", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    try:
+        assert wait_until(lambda: any((tmp_path / "work").glob("gptq*.partial")))
+        (calibration,) = (
+            int(status.parent.name)
+            for status in Path("/proc").glob("[0-9]*/status")
+            if (text := read(status)) and f"PPid:\t{command.pid}\n" in text and spawned(status.parent)
+        )
+        yield command, calibration
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(command.pid, signal.SIGKILL)
+        command.wait()
+
+
+def read(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        return path.read_text()
+    return ""
+
+
+def spawned(process: Path) -> bool:
+    return "spawn_main" in read(process / "cmdline")
+
+
+def wait_until(done: Callable[[], bool], seconds: float = 60) -> bool:
+    deadline = time.monotonic() + seconds
+    while not done() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return done()

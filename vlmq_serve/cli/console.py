@@ -30,16 +30,26 @@ err = Console(stderr=True)
 
 
 def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
-    """Turn a `VLMQError` into one line on stderr and exit status 1; other exceptions are ours and keep their trace."""
+    """Turn a `VLMQError`, or what the system says of a file, into one line on stderr and exit status 1.
+
+    Other exceptions are ours and keep their trace.
+    """
 
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return command(*args, **kwargs)
         except VLMQError as error:
-            err.print("[bold red]error:[/] ", end="")
-            err.print(str(error), markup=False, highlight=False, soft_wrap=True)
-            raise typer.Exit(1) from None
+            message = str(error)
+        except BrokenPipeError:  # the reader of a pipe has seen enough; typer ends quietly
+            raise
+        except OSError as error:
+            if error.strerror is None:
+                raise
+            message = f"{error.filename or 'output'}: {error.strerror}; check the path, its permissions and free space"
+        err.print("[bold red]error:[/] ", end="")
+        err.print(message, markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1)
 
     return wrapped
 
@@ -53,6 +63,17 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise VLMQError(f"--output {output}: cannot be written; give the name of a file where you may write")
     if output.is_file() and not overwrite:
         raise VLMQError(f"--output {output}: exists already; choose another file, or overwrite it (--overwrite)")
+
+
+def check_plot(option: str, path: Path) -> None:
+    """Raise `VLMQError`, before the work, where matplotlib is missing or cannot draw into such a file."""
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        raise VLMQError(f"{option}: matplotlib is not installed; pip install 'vlmq-serve[bench]'") from None
+    allowed = [*FigureCanvasBase.get_supported_filetypes()]
+    if path.suffix[1:].lower() not in allowed:
+        raise VLMQError(f"{option} {path}: got suffix {path.suffix!r}, allowed {', '.join(allowed)}, such as plot.png")
 
 
 def print_figures(table: Table) -> None:

@@ -129,11 +129,9 @@ def mean(values: Iterable[float]) -> float:
 
 
 def draw(found: Sequence[Measurement], where: dict[str, str], path: Path) -> None:
-    """Ratio to torch's 16-bit linear over M, one panel per model and scheme; raises `VLMQError` without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise VLMQError("--plot: needs matplotlib, which is not installed; pip install matplotlib") from None
+    """Ratio to torch's 16-bit linear over M, one panel per model and scheme; needs matplotlib."""
+    from matplotlib.figure import Figure
+
     panels = list(dict.fromkeys((m.model, m.scheme) for m in found if m.scheme))
     figure = Figure(figsize=(4.5 * len(panels), 3.8), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vlmq_serve.cli.console import err, one_line_errors, out, print_figures, progress_bar
+from vlmq_serve.cli.console import check_output, check_plot, err, one_line_errors, out, print_figures, progress_bar
 from vlmq_serve.format.errors import VLMQError
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ def kernels(
     ] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = "",
     dtype: Annotated[str, typer.Option(help="16-bit type: bf16 or fp16.")] = "bf16",
-    threads: Annotated[int, typer.Option(help="CPU threads; 0: as torch chooses.")] = 0,
-    seconds: Annotated[float, typer.Option(help="Time for each kernel at each M.")] = 0.3,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: as torch chooses.")] = 0,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Time for each kernel at each M.")] = 0.3,
     peers: Annotated[str, typer.Option(help="Other packages on a GPU: vllm, gemlite, or none.")] = "vllm,gemlite",
     quick: Annotated[bool, typer.Option("--quick", help="Only qkv and down at M 1 and 16.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the file holds.")] = False,
@@ -63,12 +63,18 @@ def kernels(
     on_gpu = settings.device.type == "cuda"
     wanted = _layers(models or ("2B,7B" if on_gpu else "2B"), layers or ("qkv,down" if quick else ""))
     counts = _numbers("rows", rows or (QUICK_ROWS if quick else GPU_ROWS if on_gpu else CPU_ROWS))
+    if min(counts) < 1:
+        raise VLMQError(f"--rows: got {min(counts)}, allowed 1 and more")
     schemes = _schemes(_numbers("bits", bits), _numbers("group-size", group_size), symmetric)
     chosen_peers = _peers(peers)
     others = chosen_peers if on_gpu else []
     where = environment(settings)
     if write_table is not None:
         kernel_tables.check(settings)
+    if plot is not None:
+        check_plot("--plot", plot)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    check_output(output, overwrite=True)
     known = [] if fresh else results.read(output, where)
     todo = {layer: results.missing(known, layer, counts, schemes) for layer in wanted}
     out.print(f"{where['device']}, copies {settings.copy_rate / 1e9:.1f} GB/s (read and written)", highlight=False)

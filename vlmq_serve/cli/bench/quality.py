@@ -1,12 +1,22 @@
 """`vlmq bench quality`: methods x schemes x calibration seeds on one model, one data file and the same questions."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from vlmq_serve.cli.console import RichProgress, err, hide_loading_bars, one_line_errors, out, print_figures
+from vlmq_serve.cli.console import (
+    RichProgress,
+    check_output,
+    check_plot,
+    err,
+    hide_loading_bars,
+    one_line_errors,
+    out,
+    print_figures,
+)
 from vlmq_serve.format.errors import VLMQError
 
 if TYPE_CHECKING:
@@ -65,27 +75,43 @@ def quality(
         Place.choose(device, dtype),
     )  # fmt: skip
     bench.check(variants)
+    _check_outputs(output)
     hide_loading_bars()
     measured = []
     for number, variant in enumerate(variants, 1):
         kept = " (kept)" if bench.record(variant).exists() else ""
         err.print(f"{number} of {len(variants)}: {variant.name}{kept}", highlight=False)
         measured.append(bench.measure(variant))
-    _write(output, measured, bench.describe(variants), baseline)
+    _write(_files(output), measured, bench.describe(variants), baseline)
 
 
-def _write(output: Path, measured: "list[Measured]", notes: list[str], baseline: str) -> None:
+def _files(output: Path) -> tuple[Path, ...]:
+    """What is written: CSV, Markdown and a plot."""
+    return tuple(output.with_name(output.name + suffix) for suffix in (".csv", ".md", ".png"))
+
+
+def _check_outputs(output: Path) -> None:
+    """Before the work, which may take hours."""
+    if not output.name or output.is_dir():
+        raise VLMQError(f"--output {output}: is a folder; give the files in it a name, such as {output / 'quality'}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for path in _files(output):
+        check_output(path, overwrite=True)
+    check_plot("--output", _files(output)[-1])
+
+
+def _write(files: Sequence[Path], measured: "list[Measured]", notes: list[str], baseline: str) -> None:
     from vlmq_serve.evaluate.quality.plot import write_plot
     from vlmq_serve.evaluate.quality.summary import summarise
     from vlmq_serve.evaluate.quality.tables import result_cells, result_columns, write_csv, write_markdown
 
-    output.parent.mkdir(parents=True, exist_ok=True)
+    table_file, text_file, plot_file = files
     rows = summarise(measured, baseline)
-    write_csv(output.with_name(output.name + ".csv"), measured)
-    write_markdown(output.with_name(output.name + ".md"), rows, notes, baseline)
-    write_plot(output.with_name(output.name + ".png"), rows)
+    write_csv(table_file, measured)
+    write_markdown(text_file, rows, notes, baseline)
+    write_plot(plot_file, rows)
     table = Table(*result_columns(baseline), title="95 % intervals in brackets", title_justify="left")
     for row in rows:
         table.add_row(*result_cells(row))
     print_figures(table)
-    out.print(f"written: {output}.csv, .md and .png", highlight=False, soft_wrap=True)
+    out.print(f"written: {', '.join(map(str, files))}", highlight=False, soft_wrap=True)

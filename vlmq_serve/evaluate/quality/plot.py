@@ -4,15 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlmq_serve.evaluate.quality.summary import Row
-from vlmq_serve.format.errors import VLMQError
 
 
 def write_plot(path: Path, rows: Sequence[Row]) -> None:
     """`path` (PNG or SVG by its suffix): dots with 95 % intervals, the source model as a dashed line."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise VLMQError("matplotlib: package not installed; pip install 'vlmq-serve[bench]'") from None
+    from matplotlib.figure import Figure
+
     schemes = list(dict.fromkeys(row.scheme for row in rows if row.scheme))
     reference = next(row.accuracy.value for row in rows if not row.scheme)
     labels = list(dict.fromkeys(row.label for row in rows if row.scheme))
