@@ -69,6 +69,20 @@ def test_digest_sees_pixels_and_words(tmp_path):
         (json.dumps({"messages": [{"role": "robot", "content": "x"}]}), "line 2: got role 'robot'"),
         (json.dumps({"messages": [{"role": "user", "content": 3}]}), "line 2: got content of type int"),
         (line(None), "line 2: got a content part"),
+        (
+            json.dumps(
+                {
+                    "messages": [
+                        {"role": "user", "content": "Draw"},
+                        {
+                            "role": "assistant",
+                            "content": [{"type": "text", "text": "so"}, {"type": "image", "image": "a.png"}],
+                        },
+                    ]
+                }
+            ),
+            "line 2: has an image in its answer",
+        ),
         (json.dumps({"messages": [{"role": "user", "content": [{"type": "video"}]}]}), "line 2: got a content part"),
     ],
 )

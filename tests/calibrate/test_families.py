@@ -41,7 +41,7 @@ from vlmq_serve.calibrate.families import ADAPTERS, find_adapter
 from vlmq_serve.calibrate.loading import load_processor
 from vlmq_serve.calibrate.pipeline import calibrate
 from vlmq_serve.calibrate.recipe import make_recipe
-from vlmq_serve.calibrate.samples import VISION, build_sample, choose_chats
+from vlmq_serve.calibrate.samples import ANSWER, VISION, build_sample, choose_chats
 from vlmq_serve.evaluate.divergence import before_text, predict
 from vlmq_serve.evaluate.loading import load_model
 from vlmq_serve.format.errors import VLMQError
@@ -215,6 +215,25 @@ def test_calibrated_checkpoint_computes_what_calibration_saw(make_model, data_fi
     assert all(int((s.modality == VISION).sum()) > 3 for s in samples)
     packed = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert packed["ignore"] == list(find_adapter(folder).left_alone)
+
+
+@pytest.mark.parametrize("family", list(BUILDERS))
+def test_images_that_stand_side_by_side_keep_their_tokens(make_model, data_file, tmp_path, family):
+    """InternVL's processor frames each image, LLaVA-OneVision's makes one run of both; text is behind or between."""
+    images = [{"type": "image", "image": str(data_file.with_name(f"{i}.png"))} for i in range(3)]
+    text = {"type": "text", "text": "Colour?"}
+    contents = ([*images, text], [text, images[0], images[1]], [*images[:2], text, images[2]])
+    chats = [[{"role": "user", "content": c}, {"role": "assistant", "content": "red"}] for c in contents]
+    file = tmp_path / "chats.jsonl"
+    file.write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
+    folder = make_model(family)
+    token = find_adapter(folder).image_token_id(load_model(folder).config)
+    answers = set()
+    for sample in samples_of(folder, file, 3):
+        ids = sample.inputs["input_ids"][0]
+        assert torch.equal(sample.modality == VISION, ids == token)
+        answers.add(tuple(ids[sample.modality == ANSWER].tolist()))
+    assert len(answers) == 1
 
 
 @pytest.mark.parametrize("family", ["llava_onevision", "internvl"])

@@ -106,6 +106,8 @@ def _parse(line: str, path: Path, number: int) -> Chat:
     messages = tuple(_parse_message(message, sources, where) for message in raw["messages"])
     if messages[-1]["role"] != "assistant" or not message_text(messages[-1]).strip():
         raise VLMQError(f"{where}: has no answer; the last message must be the assistant's and not empty")
+    if any(part["type"] == "image" for part in messages[-1]["content"] if isinstance(part, dict)):
+        raise VLMQError(f"{where}: has an image in its answer, and models answer with text; put it into the question")
     if len(messages) == 1:
         raise VLMQError(f"{where}: has no question; put the user's message before the answer")
     task = raw.get("task")

@@ -103,16 +103,19 @@ def _answer_spans(processor: Any, chat: Chat, text: str) -> list[tuple[int, int]
 def _expand(plain_ids: list[int], plain: list[int], ids: list[int], image_token: int, where: str) -> list[int]:
     """Modalities after the processor turned each image placeholder into one token per patch group.
 
-    Some processors put a token before and one behind an image's tokens; these count as prompt. Placeholders that
-    stand side by side become one run of image tokens.
+    Some processors put a token before and one behind an image's tokens; these count as prompt. Of the others,
+    placeholders that stand side by side become one run of image tokens.
     """
     modality: list[int] = []
-    behind_image = False
+    behind_image = framed = False
     for token, kind in zip(plain_ids, plain, strict=True):
         if token == image_token:
-            if behind_image:
+            if behind_image and not framed:
                 continue
-            if ids[len(modality) : len(modality) + 1] != [image_token]:
+            if behind_image:
+                modality.append(PROMPT)
+            framed = ids[len(modality) : len(modality) + 1] != [image_token]
+            if framed:
                 modality.append(PROMPT)
             run = len(modality)
             while run < len(ids) and ids[run] == image_token:
