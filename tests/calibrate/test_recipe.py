@@ -22,6 +22,7 @@ def test_yaml_with_overrides_and_options_that_win(tmp_path):
         ({"group_size": 100}, "group_size: got 100, allowed"),
         ({"method": "awq2"}, "method: got 'awq2'.*'rtn'"),
         ({"bit": 4}, "unknown key 'bit'; allowed: .*bits"),
+        ({"overrides": {"o_proj": {"group": 32}}}, "'overrides.o_proj.group'; allowed: bits, group_size, symmetric$"),
         ({"percdamp": 0}, "percdamp: got 0"),
         ({"overrides": {"q_proj": "w9g3"}}, "bits: got 9"),
         ({"samples": 0}, "samples: got 0"),

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import ValidationError, model_validator
 
-from vlmq_serve.calibrate.settings import Settings
+from vlmq_serve.calibrate.settings import SchemeOverride, Settings
 from vlmq_serve.calibrate.simulation import ActivationScheme, weight_scheme
 from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.format.scheme import Scheme
@@ -150,6 +150,6 @@ def _first_fault(error: ValidationError) -> str:
     if not where:  # a check of several settings, which names them itself
         return str(fault["ctx"]["error"])
     if fault["type"] == "extra_forbidden":
-        allowed = ", ".join(sorted(Recipe.model_fields))
-        return f"unknown key {where!r}; allowed: {allowed}"
+        model = SchemeOverride if fault["loc"][0] == "overrides" else Recipe
+        return f"unknown key {where!r}; allowed: {', '.join(sorted(model.model_fields))}"
     return f"{where}: got {fault.get('input')!r}; {fault['msg']}"
