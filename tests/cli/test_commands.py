@@ -106,6 +106,15 @@ def test_eval_writes_answers_and_compares(rtn_w4: Path, tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "bf16.json").read_text())["answers"]) == 2
 
 
+def test_eval_finds_a_broken_data_file_before_it_loads_the_model(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("vlmq_serve.evaluate.loading.load_model", lambda *_: pytest.fail("the model was loaded"))
+    assert "cannot be read" in one_error(vlmq("eval", MODEL, "--data", tmp_path / "none.jsonl"))
+    damaged = copy_of(MODEL, tmp_path)
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        (damaged / name).write_text("not JSON")
+    assert "cannot load the processor" in one_error(vlmq("eval", damaged, "--data", EVALUATION))
+
+
 def test_eval_in_another_dtype_is_recorded_and_said(rtn_w4: Path, tmp_path: Path) -> None:
     given = ("--data", EVALUATION, "--limit", 24, "--device", "cpu")
     files = {dtype: tmp_path / f"{dtype}.json" for dtype in ("auto", "bfloat16")}

@@ -5,12 +5,15 @@ import os
 import shutil
 from pathlib import Path
 
+import pytest
+
 from vlmq_serve.calibrate.pipeline import calibrate
 from vlmq_serve.calibrate.recipe import make_recipe
 from vlmq_serve.evaluate.loading import load_model
 from vlmq_serve.evaluate.run import evaluate_chats, read_evaluation
 from vlmq_serve.evaluate.simulation import load_simulated
 from vlmq_serve.export.compressed_tensors import export_compressed_tensors
+from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.verify.finding import Level
 from vlmq_serve.verify.run import verify
 
@@ -26,6 +29,26 @@ def test_generation_settings_are_those_of_the_source(tmp_path):
     plain, quantized = (load_model(folder).generation_config for folder in (source, tmp_path / "out"))
     for key, value in settings.items():
         assert getattr(plain, key) == getattr(quantized, key) == value
+
+
+def _cut(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def _text_only(folder):
+    text = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 8, "hidden_size": 8}
+    (folder / "config.json").write_text(json.dumps(text))
+
+
+@pytest.mark.parametrize(("change", "cause"), [(_cut, "header"), (_text_only, "Qwen2Config")])
+def test_a_dense_model_that_cannot_be_read_is_one_error(tmp_path, change, cause):
+    """Calibration has checked the files by then; evaluation takes any folder."""
+    folder = Path(shutil.copytree(TINY, tmp_path / "model"))
+    change(folder)
+    with pytest.raises(VLMQError, match=f"model: transformers cannot load the model .*({cause})") as caught:
+        load_model(folder)
+    assert "\n" not in str(caught.value)
 
 
 def test_paths_may_be_strings_everywhere(tmp_path):

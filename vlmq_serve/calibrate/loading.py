@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from vlmq_serve.format.errors import VLMQError
@@ -67,7 +68,7 @@ def load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
 
     try:
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise VLMQError(f"{folder}: transformers cannot load the model ({_one_line(error)})") from None
     return model.eval().requires_grad_(False)
 

@@ -50,6 +50,7 @@ def evaluate(
 
     Example: vlmq eval http://localhost:8000/v1 --data eval.jsonl
     """
+    from vlmq_serve.calibrate.chats import read_chats
     from vlmq_serve.evaluate.place import Place
     from vlmq_serve.evaluate.run import check_questions, evaluate_chats, read_evaluation
 
@@ -61,6 +62,7 @@ def evaluate(
     if remote:
         _check_options_of_a_server(device, dtype, simulate)
     place = None if remote else Place.choose(device, dtype)
+    read_chats(data)  # a fault takes no time to find, the model minutes to load
     out.print(f"evaluate {model} {f'in transformers, {place}' if place else 'over the OpenAI API'} on {data}")
     if place is None:
         answer = _remote(model, batch_size, max_new_tokens)
@@ -132,8 +134,8 @@ def _local(model: str, place: "Place", batch_size: int, max_new_tokens: int, sim
         )
     if simulated and not simulate:
         out.print("activations of 16 bits, as served; --simulate for those that its calibration has simulated")
+    processor = load_processor(folder)  # first, for the same reason
     loaded = (load_simulated if simulate else load_model)(folder, place.dtype, place.device)
-    processor = load_processor(folder)
 
     def answer(chats: Sequence["Chat"]) -> Iterator[str]:
         replies = answer_locally(loaded, processor, chats, batch_size=batch_size, max_new_tokens=max_new_tokens)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 
+from vlmq_serve.calibrate.loading import load_model as load_dense
 from vlmq_serve.format.config import QUANT_METHOD, QuantizationSpec
 from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.format.headers import find_problems, quantized_modules, read_json, read_tensor_index
@@ -57,12 +58,12 @@ def dequantized_state(folder: Path, spec: QuantizationSpec, dtype: torch.dtype) 
 
 
 def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Any:
-    """A transformers model in `dtype` on `device` from a bf16 or vlmq model folder, in eval mode."""
+    """A transformers model in `dtype` on `device` from a bf16 or vlmq model folder, in eval mode; `VLMQError` where
+    transformers cannot read it."""
     folder = Path(folder)
     spec = read_spec(folder)
     if spec is None:
-        model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
-        return model.to(device).eval()
+        return load_dense(folder, dtype).to(device)
     config = transformers.AutoConfig.from_pretrained(folder)
     # transformers does not know this method: the reference holds plain dequantized weights.
     del config.quantization_config
