@@ -1,6 +1,7 @@
 """Every CPU path against the float64 product of the same weights."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -222,3 +223,12 @@ def test_prepared_weight_is_rebuilt_from_its_parts() -> None:
     parts = {f: getattr(prepared, f) for f in PreparedWeight.__dataclass_fields__}
     x = torch.randn(2, 128).bfloat16()
     assert torch.equal(linear(x, PreparedWeight(**parts)), linear(x, prepared))
+
+
+@pytest.mark.parametrize("path", ["cpu_dequant", pytest.param("cpu_int4", marks=needs_int4)])
+def test_scales_and_zeros_that_are_not_contiguous(path: str) -> None:
+    prepared = prepare(random_weight(64, 128, 4, 32, False), torch.bfloat16, "cpu", path)
+    strided = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in (prepared.scales, prepared.zeros)]
+    assert not strided[0].is_contiguous()
+    x = torch.randn(3, 128).bfloat16()
+    assert torch.equal(linear(x, replace(prepared, scales=strided[0], zeros=strided[1])), linear(x, prepared))

@@ -4,7 +4,9 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,14 +86,13 @@ def test_operator_in_cpp_does_what_the_one_in_python_does(dtype: torch.dtype, x_
         assert (got.dtype, got.shape, got.stride()) == (expected.dtype, expected.shape, expected.stride())
 
 
-@compiled
-def test_operator_in_cpp_refuses_other_types() -> None:
-    prepared = small(path="cpu_int16")
-    with pytest.raises(RuntimeError, match="float32, bfloat16 and float16"):
-        torch.ops.vlmq.gemm_integer(*integer_arguments(torch.zeros(1, 128, dtype=torch.float64), prepared))
+def strided(t: torch.Tensor) -> torch.Tensor:
+    """The same values, not contiguous."""
+    return t.transpose(0, 1).contiguous().transpose(0, 1)
 
 
 @compiled
+@pytest.mark.parametrize("operator", ["C++", "Python"])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -99,23 +100,46 @@ def test_operator_in_cpp_refuses_other_types() -> None:
         ({"x": torch.zeros(2, 256)}, "x with K=256 for a weight with K=128"),
         ({"x": torch.zeros(2, 0)}, "x with K=0"),
         ({"x": torch.tensor(1.0)}, "another layout"),
+        ({"x": torch.zeros(1, 128, dtype=torch.float64)}, "float32, bfloat16 and float16"),
         ({"bits": 4}, "for a weight with K=96"),
         ({"bits": 5}, "got 5 bits"),
+        ({"x_bits": 4}, "got 4 bits of x"),
         ({"out_features": 97}, "another layout"),
         ({"qdata": torch.zeros(6, 12, 16, dtype=torch.int32)}, "another layout"),
+        ({"qdata": torch.zeros(3, 12, 32)}, "another layout"),
+        ({"qdata": torch.zeros(96, 12, dtype=torch.int32)}, "another layout"),
+        ({"qdata": strided(torch.zeros(3, 12, 32, dtype=torch.int32))}, "not contiguous"),
         ({"scales": torch.ones(3, 0, 32)}, "another layout"),
         ({"scales": torch.ones(3, 8, 32)}, "another layout"),
         ({"scales": torch.ones(2, 2, 32)}, "another layout"),
+        ({"scales": torch.ones(3, 2, 32, dtype=torch.float64)}, "float32, bfloat16 and float16"),
+        ({"scales": strided(torch.ones(3, 2, 32))}, "not contiguous"),
         ({"zeros": torch.ones(3, 1, 32, dtype=torch.uint8)}, "another layout"),
+        ({"zeros": torch.ones(3, 2, 32, dtype=torch.int64)}, "another layout"),
+        ({"zeros": strided(torch.ones(3, 2, 32, dtype=torch.uint8))}, "not contiguous"),
     ],
 )
-def test_operator_in_cpp_refuses_what_it_would_read_past(change: dict[str, object], message: str) -> None:
+def test_integer_products_refuse_what_is_no_weight_for_x(
+    operator: str, change: dict[str, object], message: str
+) -> None:
+    """It would be read past its end, or taken for other numbers."""
     prepared = small(torch.float32, path="cpu_int16")
     names = ("x", "qdata", "scales", "zeros", "bits", "out_features", "x_bits")
     given = dict(zip(names, integer_arguments(torch.zeros(2, 128), prepared), strict=True))
-    torch.ops.vlmq.gemm_integer(*given.values())
+    product: Any = torch.ops.vlmq.gemm_integer if operator == "C++" else op._gemm_integer
+    product(*given.values())
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.vlmq.gemm_integer(*(given | change).values())
+        product(*(given | change).values())
+
+
+@pytest.mark.parametrize("path", ["reference", "cpu_dequant", pytest.param("cpu_int16", marks=compiled)])
+@pytest.mark.parametrize("field", ["qdata", "scales", "zeros"])
+def test_a_weight_without_data_gives_no_numbers(path: str, field: str) -> None:
+    """The fake implementation, which the dispatcher asks for it, would return memory as it is."""
+    prepared = small(path=path)
+    empty = replace(prepared, **{field: getattr(prepared, field).to("meta")})
+    with pytest.raises(RuntimeError, match="got x on cpu, the weight on meta; move one"):
+        linear(torch.ones(1, 128).bfloat16(), empty)
 
 
 @compiled

@@ -65,7 +65,7 @@ def gemm_int4(x: Tensor, qdata: Tensor, scales: Tensor, zeros: Tensor, out_featu
     blocks, cols, half = qdata.shape
     group = cols // scales.shape[0]
     packed = qdata.view(blocks * half * 2, cols // 2)
-    y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), packed, group, scales)
+    y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), packed, group, scales.contiguous())
     return y if y.shape[1] == out_features else y[:, :out_features].contiguous()
 
 

@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from vlmq_serve.format.scheme import ALLOWED_BITS
 from vlmq_serve.format.weight import PackedWeight
 from vlmq_serve.kernels import native
 
@@ -17,6 +18,8 @@ DENSE_ROWS = 64
 """Rows of bf16 x from which dequantized weights and torch's product serve, on CPUs with AMX only: its peak is several
 times that of our kernels. By arithmetic, not measured."""
 DENSE_BYTES = 8 << 20
+_NAME = "vlmq::gemm_integer"
+_OTHER_LAYOUT = f"{_NAME}: got a weight of another layout"
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -92,6 +95,32 @@ def gemm_integer(
             x_at, x.stride(0), _TYPES[x.dtype], count, *weight, out_features, y_at, scratch.data_ptr(), x_bits, threads
         )
     return y
+
+
+def check(x: Tensor, qdata: Tensor, scales: Tensor, zeros: Tensor, bits: int, out_features: int, x_bits: int) -> None:
+    """What `check` of `cpp/operator.cpp` asks, in its words: the kernels trust the addresses that they are given."""
+    torch._check(
+        x.dtype in _TYPES and scales.dtype in _TYPES, lambda: f"{_NAME}: float32, bfloat16 and float16 are supported"
+    )
+    torch._check(bits in ALLOWED_BITS, lambda: f"{_NAME}: got {bits} bits")
+    torch._check(x_bits in (16, 8), lambda: f"{_NAME}: got {x_bits} bits of x")
+    torch._check(x.dim() > 0 and qdata.dim() == 3 and scales.dim() == 3, lambda: _OTHER_LAYOUT)
+    cols, (blocks, words, _), groups = x.shape[-1], qdata.shape, scales.shape[1]
+    torch._check(
+        cols > 0 and words * 32 == cols * bits,
+        lambda: f"{_NAME}: got x with K={cols} for a weight with K={words * 32 // bits}",
+    )
+    torch._check(
+        qdata.shape[2] == BLOCK_ROWS and scales.shape == (blocks, groups, BLOCK_ROWS) and groups > 0
+        and cols % groups == 0 and cols // groups % 32 == 0 and out_features <= blocks * BLOCK_ROWS
+        and qdata.dtype == torch.int32
+        and (zeros.numel() == 0 or (zeros.numel() == scales.numel() and zeros.dtype == torch.uint8)),
+        lambda: _OTHER_LAYOUT,
+    )  # fmt: skip
+    torch._check(
+        qdata.is_contiguous() and scales.is_contiguous() and zeros.is_contiguous(),
+        lambda: f"{_NAME}: got a weight that is not contiguous; pass its tensors as prepare() made them",
+    )
 
 
 def gemm_dense(

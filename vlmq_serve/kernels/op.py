@@ -106,12 +106,14 @@ def _gemm(
 def _gemm_fake(
     x: Tensor, qdata: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int, out_features: int, path: str
 ) -> Tensor:
+    _check_devices("vlmq::gemm", x, qdata, scales, zeros)
     return x.new_empty((*x.shape[:-1], out_features))
 
 
 def _gemm_integer(
     x: Tensor, qdata: Tensor, scales: Tensor, zeros: Tensor, bits: int, out_features: int, x_bits: int
 ) -> Tensor:
+    integer.check(x, qdata, scales, zeros, bits, out_features, x_bits)
     y = integer.gemm_integer(x.reshape(-1, x.shape[-1]), qdata, scales, zeros, bits, out_features, x_bits)
     return y.reshape(*x.shape[:-1], out_features)
 
@@ -124,5 +126,15 @@ def _gemm_dense(x: Tensor, qdata: Tensor, scales: Tensor, zeros: Tensor, bits: i
 def _gemm_integer_fake(
     x: Tensor, qdata: Tensor, scales: Tensor, zeros: Tensor, bits: int, out_features: int, x_bits: int
 ) -> Tensor:
+    _check_devices("vlmq::gemm_integer", x, qdata, scales, zeros)
     torch._check(x.shape[-1] * bits == qdata.shape[1] * 32, lambda: "vlmq::gemm_integer: K of x is not the weight's")
     return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _check_devices(name: str, x: Tensor, *weight: Tensor) -> None:
+    """The dispatcher asks a fake implementation also where only some tensors are without data, as those of a weight
+    that was never loaded; what it returns would be taken for numbers."""
+    others = {str(t.device) for t in weight if t.device != x.device}
+    torch._check(
+        not others, lambda: f"{name}: got x on {x.device}, the weight on {', '.join(sorted(others))}; move one of them"
+    )

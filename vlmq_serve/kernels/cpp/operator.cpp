@@ -70,23 +70,28 @@ void* scratch_of(int64_t size) {
   return lines.data();
 }
 
-// That the weight is one of `prepare_integer` for x, as the kernels would read past its end.
+// That the weight is one of `prepare_integer` for x, as the kernels would read past its end, or what is no weight.
 void check(const Tensor& x, const Tensor& codes, const Tensor& scales, const Tensor& zeros, int64_t bits,
-           int64_t features) {
+           int64_t features, int64_t x_bits) {
   STD_TORCH_CHECK(x.dim() > 0 && codes.dim() == 3 && scales.dim() == 3, "vlmq::gemm_integer: got a weight of another layout");
   const int64_t cols = x.size(-1), blocks = codes.size(0), groups = scales.size(1);
   STD_TORCH_CHECK(bits == 2 || bits == 3 || bits == 4 || bits == 8, "vlmq::gemm_integer: got ", bits, " bits");
+  STD_TORCH_CHECK(x_bits == 16 || x_bits == 8, "vlmq::gemm_integer: got ", x_bits, " bits of x");
   STD_TORCH_CHECK(cols > 0 && codes.size(1) * 32 == cols * bits, "vlmq::gemm_integer: got x with K=", cols,
                   " for a weight with K=", codes.size(1) * 32 / bits);
   STD_TORCH_CHECK(codes.size(2) == ROWS && scales.size(2) == ROWS && scales.size(0) == blocks && groups > 0 &&
                       cols % groups == 0 && cols / groups % COLS == 0 && features <= blocks * ROWS &&
-                      (zeros.numel() == 0 || zeros.numel() == scales.numel()),
+                      codes.scalar_type() == ScalarType::Int &&
+                      (zeros.numel() == 0 || (zeros.numel() == scales.numel() && zeros.scalar_type() == ScalarType::Byte)),
                   "vlmq::gemm_integer: got a weight of another layout");
+  // Tensors elsewhere than on the CPU have not come here: the dispatcher looks for operators of their device.
+  STD_TORCH_CHECK(codes.is_contiguous() && scales.is_contiguous() && zeros.is_contiguous(),
+                  "vlmq::gemm_integer: got a weight that is not contiguous; pass its tensors as prepare() made them");
 }
 
 // x [..., K] to [..., N] in its type; the weight as `prepare_integer` lays it out.
 Tensor gemm_integer(Tensor x, Tensor codes, Tensor scales, Tensor zeros, int64_t bits, int64_t features, int64_t x_bits) {
-  check(x, codes, scales, zeros, bits, features);
+  check(x, codes, scales, zeros, bits, features, x_bits);
   const int64_t cols = x.size(-1), groups = scales.size(1), rows = x.numel() / cols;
   if (rows >= kernels.dense_rows && x.scalar_type() == ScalarType::BFloat16)
     return dense(x, codes, scales, zeros, bits, features);
