@@ -5,10 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -127,17 +130,30 @@ def test_cache_that_cannot_be_written(fresh: Path, monkeypatch: pytest.MonkeyPat
     assert native.library() is not None
 
 
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    """A disk in memory."""
+    command = ["mount", "-t", "tmpfs", "-o", f"mode=700,{options}", "none", folder]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("needs to mount a disk, which only root may")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
 @pytest.fixture
 def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A disk of 64 KiB, which is less than the kernels take."""
-    folder = tmp_path_factory.mktemp("disk")
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k,mode=700", "none", folder], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("needs to mount a disk, which only root may")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
+    with mounted(tmp_path_factory.mktemp("disk"), "size=64k") as folder:
+        yield folder
+
+
+@pytest.fixture
+def noexec_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A disk from which nothing can be run, as /tmp of many a container."""
+    with mounted(tmp_path_factory.mktemp("disk"), "noexec") as folder:
+        yield folder
 
 
 def test_a_full_disk(
@@ -163,6 +179,37 @@ def test_full_disks_everywhere(
     first, second = (record.getMessage() for record in caplog.records)
     assert f"the disk of {cache} is full" in first
     assert f"slower kernels serve\nthe disk of {temporary} is full; free some space, or set VLMQ_CACHE" in second
+    assert "g++" not in second
+
+
+def test_a_cache_from_which_nothing_can_be_run(
+    noexec_disk: Path, fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The kernels are compiled elsewhere, for this process."""
+    monkeypatch.setenv(native_cache.CACHE_ENVIRONMENT, str(noexec_disk))
+    assert native.library() is not None
+    (record,) = caplog.records
+    assert f"the disk of {noexec_disk} cannot be run (it is mounted noexec); set VLMQ_CACHE" in record.getMessage()
+    assert list(noexec_disk.iterdir()) == []
+
+
+@pytest.mark.parametrize("fault", ["noexec", "none"])
+def test_no_temporary_folder_that_can_be_used(
+    fault: str, fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, request: Any
+) -> None:
+    """One message for each folder, and none that blames the compilers."""
+    temporary = request.getfixturevalue("noexec_disk") if fault == "noexec" else "/proc/nowhere"
+    monkeypatch.setenv(native_cache.CACHE_ENVIRONMENT, f"/proc/{fault}")
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(native_cache, "_temporary_folder", native_cache._temporary_folder.__wrapped__)
+    assert native.library() is None
+    first, second = (record.getMessage() for record in caplog.records)
+    assert f"not kept in /proc/{fault}" in first
+    reason = "no temporary folder can be made (No such file or directory)"
+    if fault == "noexec":
+        reason = f"what lies on the disk of {temporary}"
+    assert f"slower kernels serve\n{reason}" in second
+    assert "set VLMQ_CACHE to a folder" in second
     assert "g++" not in second
 
 

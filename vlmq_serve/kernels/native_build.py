@@ -21,7 +21,7 @@ def load(
 ) -> tuple[ctypes.CDLL | None, list[str]]:
     """The library of `source` by the first compiler whose build can be loaded, and what the ones before it said; both
     empty where there is no compiler. `name` begins the file's; `links` come after the source. Where no folder can be
-    written the other compilers are not tried."""
+    used the other compilers are not tried."""
     failures: list[str] = []
     for compiler in _compilers():
         try:

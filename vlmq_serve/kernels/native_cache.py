@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class Unwritable(Exception):
-    """A folder takes no file; the text says which, why, and what to do."""
+    """A folder takes no file, or none that can be loaded; the text says which, why, and what to do."""
 
 
 class BuildFailed(Exception):
@@ -62,6 +62,8 @@ def _fault(folder: Path) -> str | None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not _ours_alone(folder.stat()):
             return "it must belong to this user or to root, and nobody else may write there"
+        if _forbids_running(folder):
+            return _noexec(folder)
         above = next((parent for parent in folder.parents if not _holds_ours(parent.stat())), None)
     except OSError as error:
         return str(error)
@@ -71,6 +73,16 @@ def _fault(folder: Path) -> str | None:
         f"{above}, in which it lies, must belong to this user or to root, and nobody else may write there; change that "
         f"(chmod go-w), or set {CACHE_ENVIRONMENT} to another folder"
     )
+
+
+def _forbids_running(folder: Path) -> bool:
+    """As many containers do with /tmp: a library there can be written, and not be loaded."""
+    return bool(os.statvfs(folder).f_flag & os.ST_NOEXEC)
+
+
+def _noexec(folder: Path) -> str:
+    remedy = f"set {CACHE_ENVIRONMENT} to a folder on another"
+    return f"what lies on the disk of {folder} cannot be run (it is mounted noexec); {remedy}"
 
 
 def _ours_alone(status: os.stat_result) -> bool:
@@ -161,4 +173,12 @@ def _tells_of_full_disk(error: Exception) -> bool:
 @lru_cache(maxsize=1)
 def _temporary_folder() -> "tempfile.TemporaryDirectory[str]":
     """Removed when the process ends."""
-    return tempfile.TemporaryDirectory(prefix="vlmq-", ignore_cleanup_errors=True)
+    try:
+        made = tempfile.TemporaryDirectory(prefix="vlmq-", ignore_cleanup_errors=True)
+    except OSError as error:
+        remedy = f"set {CACHE_ENVIRONMENT} to a folder that can be written"
+        raise Unwritable(f"no temporary folder can be made ({error.strerror}); {remedy}") from error
+    if _forbids_running(Path(made.name)):
+        made.cleanup()
+        raise Unwritable(_noexec(Path(made.name)))
+    return made
