@@ -185,6 +185,20 @@ def test_a_filled_cache_serves_users_who_cannot_write(tmp_path: Path) -> None:
 
 
 @compiled
+def test_a_cache_that_cannot_be_filled_is_an_error() -> None:
+    """Else an image would be built without a word and without kernels."""
+    code = (
+        "from vlmq_serve.kernels import native, native_op\n"
+        "native.supported_isas = lambda: ('avx2',)\n"
+        "native_op.compile_all()\n"
+    )
+    environment = {**os.environ, "VLMQ_CACHE": "/proc/nowhere"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 1
+    assert "avx2, operator could not be kept in /proc/nowhere" in done.stderr
+
+
+@compiled
 def test_operator_in_cpp_leaves_many_rows_to_the_dense_product() -> None:
     """As it does on a CPU with AMX."""
     prepared = small(path="cpu_int16")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from vlmq_serve.kernels import native, native_build
+from vlmq_serve.kernels import native, native_build, native_cache
 
 NEVER = 1 << 60
 logger = logging.getLogger(__name__)
@@ -31,13 +31,17 @@ def register(dense_rows: int | None) -> bool:
 def compile_all() -> None:
     """Fill the cache with all that a process here may look for, as for a container image whose users cannot write.
 
-    Raises RuntimeError where something does not compile; what the compilers said was logged.
+    Raises RuntimeError where something does not compile, or cannot be kept; the reason was logged.
     """
-    wanted: dict[str, object] = {isa: native.library(isa) for isa in native.supported_isas()}
+    wanted: dict[str, ctypes.CDLL | None] = {isa: native.library(isa) for isa in native.supported_isas()}
     wanted["operator"] = _operator()
     missing = [name for name, library in wanted.items() if library is None]
     if missing or len(wanted) == 1:
         raise RuntimeError(f"CPU kernels: {', '.join(missing) or 'none for this CPU'} could not be compiled")
+    folder = native_cache.cache_folder()
+    lost = [name for name, library in wanted.items() if library and Path(library._name).parent != folder]
+    if lost:
+        raise RuntimeError(f"CPU kernels: {', '.join(lost)} could not be kept in {folder}")
 
 
 @cache
