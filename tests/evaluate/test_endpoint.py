@@ -32,6 +32,9 @@ def test_a_refused_question_is_named(tmp_path):
 class Guarded(BaseHTTPRequestHandler):
     """As `vllm serve --api-key secret`, but that it repeats a wrong key in its answer, as some servers do."""
 
+    page = b""
+    """What is answered in place of all else."""
+
     def do_GET(self) -> None:
         self.reply({"object": "list", "data": [{"id": "model", "object": "model", "created": 0, "owned_by": "us"}]})
 
@@ -44,9 +47,9 @@ class Guarded(BaseHTTPRequestHandler):
     def reply(self, content: dict[str, Any]) -> None:
         given = self.headers["Authorization"]
         allowed = given == "Bearer secret"
-        body = json.dumps(content if allowed else {"error": f"got {given}"}).encode()
+        body = self.page or json.dumps(content if allowed else {"error": f"got {given}"}).encode()
         self.send_response(200 if allowed else 401)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", "text/html" if self.page else "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -83,3 +86,17 @@ def test_the_key_comes_from_the_environment_and_is_never_repeated(tmp_path, monk
     with pytest.raises(VLMQError, match=r"line 1: the server asks for its API key") as refused:
         ask(client, "model", chats[0])
     assert "not-this-one" not in str(refused.value)
+
+
+def test_a_web_page_is_no_answer(tmp_path, monkeypatch, guarded):
+    """The port of a web interface, or a proxy that asks to log in."""
+    messages = [{"role": "user", "content": "Colour?"}, {"role": "assistant", "content": "red"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": messages}))
+    chats = read_chats(tmp_path / "chats.jsonl")
+    monkeypatch.setenv(API_KEY, "secret")
+    monkeypatch.setattr(Guarded, "page", b"<html>Log in</html>")
+    with pytest.raises(VLMQError, match=r"/v1: no OpenAI-compatible answer \(it is no JSON\); .* end in /v1"):
+        list(answer_remotely(guarded, chats))
+    client = openai.OpenAI(base_url=guarded, api_key="secret", max_retries=0)
+    with pytest.raises(VLMQError, match=r"line 1: no answer from the server \(got .* which has no choices\)"):
+        ask(client, "model", chats[0])

@@ -50,9 +50,11 @@ def connect(base_url: str) -> tuple[Any, str]:
         models = client.models.list().data
     except openai.AuthenticationError:
         raise _wrong_key(base_url) from None
-    except openai.OpenAIError as error:
+    except (openai.OpenAIError, AttributeError) as error:
+        # The client hands on what is no JSON, such as a web page, as a text, and then asks it for attributes.
+        detail = error if isinstance(error, openai.OpenAIError) else "it is no JSON"
         raise VLMQError(
-            f"{base_url}: no OpenAI-compatible answer ({error}); is the server up, does the URL end in /v1?"
+            f"{base_url}: no OpenAI-compatible answer ({detail}); is the server up, does the URL end in /v1?"
         ) from None
     if not models:
         raise VLMQError(f"{base_url}: serves no model")
@@ -80,7 +82,10 @@ def ask_messages(client: Any, model: str, messages: Sequence[Any], max_new_token
         raise _wrong_key(where) from None
     except openai.OpenAIError as error:
         raise VLMQError(f"{where}: no answer from the server ({' '.join(str(error).split())[:200]})") from None
-    return str(reply.choices[0].message.content or "").strip()
+    choices = getattr(reply, "choices", None)
+    if not choices:
+        raise VLMQError(f"{where}: no answer from the server (got {str(reply)[:80]!r}, which has no choices)")
+    return str(choices[0].message.content or "").strip()
 
 
 def answer_remotely(
