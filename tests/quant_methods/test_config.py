@@ -92,6 +92,13 @@ def test_an_impossible_config_is_one_clear_error(changes: dict, message: str) ->
         config_of(**changes)
 
 
+def test_the_method_asked_for_on_a_model_that_is_not_quantized(tiny_model: Path) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    with pytest.raises(ValueError, match=r"--quantization: got 'vlmq' for a model without quantization_config"):
+        EngineArgs(model=str(tiny_model), quantization="vlmq").create_engine_config()
+
+
 def test_the_checkpoint_must_hold_what_the_config_says(tiny_model: Path, tmp_path: Path, mapper) -> None:
     config = config_of()
     config.maybe_update_config(str(quantize(tiny_model, tmp_path / "w4", "w4g64")))

@@ -32,8 +32,13 @@ MIN_CAPABILITY = 80
 class VLMQConfig(QuantizationConfig):
     """The `quantization_config` of a checkpoint inside vLLM. Plain data: vLLM pickles it to its workers."""
 
-    def __init__(self, spec: QuantizationSpec) -> None:
+    def __init__(self, spec: QuantizationSpec | None = None) -> None:
         super().__init__()
+        if spec is None:  # vLLM's way with a method that is asked for, and of which the model says nothing
+            raise VLMQError(
+                f"--quantization: got {QUANT_METHOD!r} for a model without quantization_config in its config.json; "
+                "leave it out, or serve what `vlmq calibrate` wrote"
+            )
         self.spec = spec
         self.inventory: Inventory | None = None
         self.backend, self.kernel = read_options()

@@ -65,8 +65,13 @@ class VLMQLinearMethod(LinearMethodBase):
         self.full = (input_size, output_size)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Check that everything was loaded, repack for the kernel of the layer's device, drop what was loaded."""
-        if self.path:
+        """Check that everything was loaded, repack for the kernel of the layer's device, drop what was loaded.
+
+        Nothing to do where that is done already, nor for a part of the model that vLLM leaves out and keeps on meta.
+        Once more where vLLM reloads weights: it puts the parameters of the checkpoint back, and copies what comes out
+        into the tensors that serve.
+        """
+        if not hasattr(layer, "scales") or layer.scales.is_meta:
             return
         tensors = {suffix: getattr(layer, suffix).data for suffix in SUFFIXES if hasattr(layer, suffix)}
         check_loaded(self.prefix, tensors, self.partitions)
