@@ -1,7 +1,8 @@
-"""What users of vLLM combine with a checkpoint: weights reloaded, parts of the model left out, embeddings asked for."""
+"""What users of vLLM combine with a checkpoint: weights reloaded, parts of the model left out, drafts, embeddings."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.quant_methods.checkpoints import quantize_parts
+from tests.quant_methods.families import TEXT, write_family
 from tests.quant_methods.test_engine import EVALUATION, ask, reference_logprobs, render
 from tests.quant_methods.test_families import PROMPTS, check, check_text
 from vlmq_serve.calibrate.chats import read_chats
@@ -102,3 +104,33 @@ def test_embeddings_of_a_model_whose_head_is_packed(checkpoint: Path, engine: An
     for state, output in zip(states, llm.embed(prompts, use_tqdm=False), strict=True):
         expected = torch.nn.functional.normalize(state, dim=0)
         torch.testing.assert_close(torch.tensor(output.outputs.embedding), expected, atol=1e-4, rtol=0)
+
+
+def write_eagle_draft(folder: Path) -> Path:
+    """A random EAGLE-3 draft for the tiny models of `families`, with the embeddings of its target."""
+    hidden, wide, vocabulary = TEXT["hidden_size"], TEXT["intermediate_size"], TEXT["vocab_size"]
+    shapes = {
+        "fc": (hidden, 3 * hidden), "norm": (hidden,), "lm_head": (vocabulary, hidden),
+        "midlayer.hidden_norm": (hidden,), "midlayer.input_layernorm": (hidden,),
+        "midlayer.post_attention_layernorm": (hidden,),
+        "midlayer.self_attn.q_proj": (hidden, 2 * hidden), "midlayer.self_attn.k_proj": (hidden // 2, 2 * hidden),
+        "midlayer.self_attn.v_proj": (hidden // 2, 2 * hidden), "midlayer.self_attn.o_proj": (hidden, hidden),
+        "midlayer.mlp.gate_proj": (wide, hidden), "midlayer.mlp.up_proj": (wide, hidden),
+        "midlayer.mlp.down_proj": (hidden, wide),
+    }  # fmt: skip
+    folder.mkdir()
+    tensors = {f"{name}.weight": torch.randn(shape) * 0.05 for name, shape in shapes.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = {**TEXT, "num_hidden_layers": 1, "model_type": "llama", "architectures": ["LlamaForCausalLMEagle3"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_an_eagle_draft_looks_tokens_up_in_packed_embeddings(tiny_model: Path, tmp_path: Path, engine: Any) -> None:
+    source = write_family("qwen3_vl", tiny_model, tmp_path / "source")
+    checkpoint = quantize_parts(source, tmp_path / "w3", "w3g32", lm_head="w8", embeddings="w4")
+    draft = {"method": "eagle3", "model": str(write_eagle_draft(tmp_path / "draft")), "num_speculative_tokens": 2}
+    llm = engine(checkpoint, speculative_config=draft, disable_log_stats=False)
+    check_text(llm, load_model(checkpoint, torch.float32))
+    (drafted,) = [metric for metric in llm.get_metrics() if metric.name == "vllm:spec_decode_num_draft_tokens"]
+    assert drafted.value > 0

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.quant_methods.checkpoints import quantize_parts
+from tests.quant_methods.families import write_family
 from tests.quant_methods.test_engine import EVALUATION, ask, reference_logprobs
 from vlmq_serve.calibrate.chats import read_chats
 from vlmq_serve.evaluate.loading import load_model
@@ -48,16 +49,18 @@ def merge(model: Any, adapter: Path) -> None:
         module.weight += ALPHA / RANK * b @ a
 
 
+@pytest.mark.parametrize("family", ["shipped", "qwen3_vl"])
 def test_an_adapter_on_a_quantized_checkpoint_is_one_on_its_weights(
-    tiny_model: Path, tmp_path: Path, engine: Any, monkeypatch: pytest.MonkeyPatch
+    family: str, tiny_model: Path, tmp_path: Path, engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the exact kernel: what is tested is how adapters are wired."""
+    """With the exact kernel: what is tested is how adapters are wired. vLLM wraps head and embeddings of Qwen3 too."""
     from transformers import AutoProcessor
     from vllm.lora.request import LoRARequest
 
     monkeypatch.setenv("VLMQ_KERNEL", "reference")
+    source = tiny_model if family == "shipped" else write_family(family, tiny_model, tmp_path / "source")
     checkpoint = quantize_parts(
-        tiny_model, tmp_path / "w3", "w3g32", overrides={"model.layers.1": "w4g64"}, lm_head="w8", embeddings="w8"
+        source, tmp_path / "w3", "w3g32", overrides={"layers.1": "w4g64"}, lm_head="w8", embeddings="w8"
     )
     model = load_model(checkpoint, torch.float32)
     adapter = write_adapter(model, tmp_path / "adapter")

@@ -8,7 +8,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 
 from vlmq_serve.format.scheme import SUFFIXES, Scheme
 from vlmq_serve.kernels.lookup import lookup
-from vlmq_serve.quant_methods.linear import create_packed_weights
+from vlmq_serve.quant_methods.linear import create_packed_weights, describe_weight
 from vlmq_serve.quant_methods.loading import check_loaded, check_zeros
 
 
@@ -20,7 +20,7 @@ class VLMQEmbeddingMethod(QuantizeMethodBase):
         self.prefix = prefix
         self.scales_dtype = scales_dtype
         self.params_dtype = torch.get_default_dtype()
-        self.rows = 0
+        self.rows, self.cols = 0, 0
 
     def create_weights(
         self,
@@ -33,7 +33,7 @@ class VLMQEmbeddingMethod(QuantizeMethodBase):
         **extra: Any,
     ) -> None:
         """Allocate the checkpoint tensors; each rank holds some rows of the vocabulary, whole."""
-        self.rows, self.params_dtype = sum(output_partition_sizes), params_dtype
+        self.rows, self.cols, self.params_dtype = sum(output_partition_sizes), input_size, params_dtype
         dtype = self.scales_dtype or params_dtype
         create_packed_weights(layer, self.scheme, self.rows, input_size, dtype, extra["weight_loader"])
 
@@ -46,6 +46,7 @@ class VLMQEmbeddingMethod(QuantizeMethodBase):
         check_zeros(self.prefix, self.scheme, tensors.get("zeros"))
         for suffix, data in tensors.items():
             setattr(layer, suffix, Parameter(data, requires_grad=False))
+        describe_weight(layer, self.rows, self.cols, self.params_dtype, tensors["qweight"].device)
 
     def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
         """Token ids [...] to embeddings [..., K] in the dtype of the model."""

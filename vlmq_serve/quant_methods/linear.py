@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, GroupQuantScaleParameter, PackedvLLMParameter
 
 from vlmq_serve import kernels
@@ -89,6 +90,8 @@ class VLMQLinearMethod(LinearMethodBase):
             for name, data in zip(PREPARED, (prepared.qdata, prepared.scales, prepared.zeros), strict=True):
                 layer.register_parameter(name, Parameter(data, requires_grad=False))
             self.path = prepared.path
+        if isinstance(layer, VocabParallelEmbedding):
+            describe_weight(layer, *weight.shape, self.params_dtype, device)
         del weight, tensors, prepared
         give_back_freed_memory(device)
 
@@ -142,3 +145,11 @@ def _group_parameter(scheme: Scheme, data: torch.Tensor, loader: Any) -> Paramet
 def _set_dummy_value(parameter: Any, value: int) -> None:
     """Tell vLLM what `--load-format dummy` writes into an integer tensor, which it would leave as allocated."""
     parameter.dummy_weight_value = value
+
+
+def describe_weight(layer: torch.nn.Module, rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Give a packed head or table the `weight` whose shape, dtype and device vLLM reads for LoRA and EAGLE drafts.
+
+    One NaN in memory, and no parameter: nothing loads, saves or moves it, and whoever multiplies with it sees that.
+    """
+    layer.weight = torch.full((1, 1), float("nan"), dtype=dtype, device=device).expand(rows, cols)
