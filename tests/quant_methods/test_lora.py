@@ -18,25 +18,28 @@ from vlmq_serve.evaluate.loading import load_model
 
 pytestmark = pytest.mark.serve
 RANK, ALPHA = 4, 8
-TARGETS = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+DECODER = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TOWER = ("qkv", "fc1", "linear_fc1")
 TOLERANCE = 2e-3  # float32
 
 
 def write_adapter(model: Any, folder: Path) -> Path:
-    """An adapter in PEFT's form with random A and B for all `TARGETS` of `model`."""
+    """An adapter in PEFT's form with random A and B for all targets in `model`."""
     folder.mkdir()
     tensors = {}
     for name, module in targets(model):
         for part, shape in (("A", (RANK, module.in_features)), ("B", (module.out_features, RANK))):
             tensors[f"base_model.model.{name}.lora_{part}.weight"] = torch.randn(shape) * 0.1
     save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": list(TARGETS), "bias": "none"}
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": [*DECODER, *TOWER], "bias": "none"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
 
 def targets(model: Any) -> list[tuple[str, Any]]:
-    return [(n, m) for n, m in model.named_modules() if "language_model" in n and n.rpartition(".")[2] in TARGETS]
+    parts = (("language_model.layers", DECODER), ("visual.blocks", TOWER))
+    modules = list(model.named_modules())
+    return [(n, m) for part, leaves in parts for n, m in modules if part in n and n.rpartition(".")[2] in leaves]
 
 
 @torch.no_grad()
@@ -59,13 +62,12 @@ def test_an_adapter_on_a_quantized_checkpoint_is_one_on_its_weights(
 
     monkeypatch.setenv("VLMQ_KERNEL", "reference")
     source = tiny_model if family == "shipped" else write_family(family, tiny_model, tmp_path / "source")
-    checkpoint = quantize_parts(
-        source, tmp_path / "w3", "w3g32", overrides={"layers.1": "w4g64"}, lm_head="w8", embeddings="w8"
-    )
+    parts = {"lm_head": "w8", "embeddings": "w8", "vision": "w8g32"}
+    checkpoint = quantize_parts(source, tmp_path / "w3", "w3g32", overrides={"layers.1": "w4g64"}, **parts)
     model = load_model(checkpoint, torch.float32)
     adapter = write_adapter(model, tmp_path / "adapter")
     processor, chats = AutoProcessor.from_pretrained(checkpoint), read_chats(EVALUATION)[:4]
-    llm = engine(checkpoint, enable_lora=True, max_lora_rank=8, max_loras=1)
+    llm = engine(checkpoint, enable_lora=True, max_lora_rank=8, max_loras=1, enable_tower_connector_lora=True)
     adapted = ask(llm, processor, chats, lora_request=LoRARequest("adapter", 1, str(adapter)))
     plain = ask(llm, processor, chats)
     check(model, processor, chats, plain)

@@ -1,4 +1,4 @@
-"""Two ranks, and compiled models, give the answers of one rank in eager mode."""
+"""Two ranks, two stages, and compiled models give the answers of one rank in eager mode."""
 
 from __future__ import annotations
 
@@ -36,6 +36,11 @@ FEATURES: dict[str, dict[str, Any]] = {
         "tensor_parallel_size": 2,
         "distributed_executor_backend": "mp",
         "mm_encoder_tp_mode": "data",  # the tiny vision tower has three heads
+    },
+    "pipeline-parallel-2": {
+        "pipeline_parallel_size": 2,
+        "distributed_executor_backend": "mp",
+        "enforce_eager": False,  # vLLM's second stage on a CPU needs the warm-up, which eager mode leaves out
     },
     "torch-compile": {"enforce_eager": False},
     "prefix-caching-and-chunked-prefill": {
@@ -95,7 +100,7 @@ def test_the_answers_are_those_of_one_eager_rank(feature: str, checkpoint: Path,
     with closing_engine(checkpoint, **FEATURES[feature]) as llm:
         if feature == "torch-compile":
             assert compilation_counter.num_models_seen == compiled + 1
-        if feature == "tensor-parallel-2":
+        if feature.endswith("parallel-2"):
             assert llm.llm_engine.vllm_config.parallel_config.world_size == 2
         answers = answers_of(llm, checkpoint)
     for (tokens, logprobs), (expected, expected_logprobs) in zip(answers, plain_answers, strict=True):
