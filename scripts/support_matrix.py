@@ -6,8 +6,8 @@ python scripts/support_matrix.py report.xml docs/support.md
 Several reports may be given before the target; a case that is in more than one counts as the last has it.
 """
 
+import argparse
 import ast
-import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import Path
@@ -20,10 +20,14 @@ the cases it went through and how many of them passed, failed or were skipped.
 """
 
 
-def main(reports: list[Path], target: Path) -> None:
+def main() -> None:
     """One section per test file and one line per test."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("reports", type=Path, nargs="+")
+    parser.add_argument("target", type=Path)
+    options = parser.parse_args()
     sections: dict[str, dict[str, dict[str, str]]] = {}
-    for report in reports:
+    for report in options.reports:
         for case in ElementTree.parse(report).iter("testcase"):
             name, _, identifier = case.attrib["name"].partition("[")
             tests = sections.setdefault(case.attrib["classname"], {})
@@ -34,7 +38,7 @@ def main(reports: list[Path], target: Path) -> None:
             f"\n## {_title(module)}\n\n`{module.replace('.', '/')}.py`\n\n| test | cases | outcome |\n|---|---|---|\n"
         )
         text += "".join(_line(name, cases) for name, cases in tests.items())
-    target.write_text(text, encoding="utf-8")
+    options.target.write_text(text, encoding="utf-8")
 
 
 def _line(name: str, cases: dict[str, str]) -> str:
@@ -58,4 +62,4 @@ def _title(module: str) -> str:
 
 
 if __name__ == "__main__":
-    main([Path(text) for text in sys.argv[1:-1]], Path(sys.argv[-1]))
+    main()
