@@ -22,7 +22,7 @@ import torch
 import transformers
 
 from vlmq_serve.calibrate.chats import Chat, read_chats
-from vlmq_serve.cli.console import err, hide_loading_bars, out, progress_bar
+from vlmq_serve.cli.console import err, hide_loading_bars, one_line_errors, out, progress_bar
 from vlmq_serve.evaluate.endpoint import connect, openai_messages
 from vlmq_serve.evaluate.loading import load_model
 from vlmq_serve.evaluate.server import serve
@@ -52,6 +52,7 @@ class Agreement:
     max_logprob_difference: float
 
 
+@one_line_errors
 def main() -> None:
     """Measure and write the table."""
     options = _options()

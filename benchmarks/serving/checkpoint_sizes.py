@@ -21,7 +21,7 @@ from benchmarks.serving.random_model import GROUP, TINY, shapes_of
 from benchmarks.serving.sizes import SIZES, Size
 from vlmq_serve.calibrate.planning import make_plan
 from vlmq_serve.calibrate.recipe import make_recipe
-from vlmq_serve.cli.console import out
+from vlmq_serve.cli.console import one_line_errors, out
 from vlmq_serve.format.headers import SINGLE_FILE
 
 PARTS = {"lm_head": "w8", "embeddings": "w8", "vision": "w8"}
@@ -30,6 +30,7 @@ VARIANTS = [(f"w{bits}{'-all' if parts else ''}", bits, parts) for parts in ({},
 COLUMNS = ("model", "variant", "bytes", "times_smaller")
 
 
+@one_line_errors
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=[*SIZES], default="7b")

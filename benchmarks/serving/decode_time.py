@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.serving.rounds import Content, Timing, add_arguments, summary, turns, write
 from vlmq_serve.bench.variants import Variant
-from vlmq_serve.cli.console import out
+from vlmq_serve.cli.console import one_line_errors, out
 
 CLOCKS: dict[str, Callable[[], float]] = {"processor": time.process_time, "wall": time.perf_counter}
 BOUNDS: dict[str, Any] = {
@@ -31,6 +31,7 @@ BOUNDS: dict[str, Any] = {
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
 
 
+@one_line_errors
 def main() -> None:
     """Load all engines, ask, write every time and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -38,6 +38,7 @@ from vlmq_serve.bench.serving import note_start, run_load, start
 from vlmq_serve.bench.tables import write_results
 from vlmq_serve.bench.variants import Load, Variant
 from vlmq_serve.cli.bench.serve import SIZES, TIMES
+from vlmq_serve.cli.console import one_line_errors
 from vlmq_serve.device import device_name
 from vlmq_serve.evaluate.server import Server
 from vlmq_serve.export.compressed_tensors import export_compressed_tensors
@@ -83,6 +84,7 @@ KINDS = {
 CPU_KINDS = {"w4": Kind(4), "bf16": Kind(), "w4-own": Kind(4, backend="auto"), "w3-all": Kind(3, parts="w8")}
 
 
+@one_line_errors
 def main() -> None:
     """Run the stages; exit status 1 when no variant of ours could be measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

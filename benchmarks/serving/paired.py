@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.serving.rounds import Content, Timing, add_arguments, summary, turns, write
 from vlmq_serve.bench.serving import start
 from vlmq_serve.bench.variants import Variant, with_arguments
-from vlmq_serve.cli.console import out
+from vlmq_serve.cli.console import one_line_errors, out
 from vlmq_serve.evaluate.endpoint import connect
 
 REST_S = 1.5
@@ -24,6 +24,7 @@ REST_S = 1.5
 (`SpinCondition.busy_loop_s`), and would take a core from the server that is asked next."""
 
 
+@one_line_errors
 def main() -> None:
     """Start all servers, ask, write every time and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -23,7 +23,7 @@ import transformers
 from benchmarks.serving.sizes import SIZES, Size
 from vlmq_serve.calibrate.pipeline import calibrate
 from vlmq_serve.calibrate.recipe import make_recipe
-from vlmq_serve.cli.console import RichProgress
+from vlmq_serve.cli.console import RichProgress, one_line_errors
 from vlmq_serve.format.headers import INDEX_FILE
 from vlmq_serve.format.tensor_file import save_tensors
 
@@ -32,6 +32,7 @@ GROUP = 128
 LAYERS = "model.language_model.layers."
 
 
+@one_line_errors
 def main() -> None:
     """Write the model and its rounded forms."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -1,6 +1,7 @@
 """Random models for measurements: the shapes are those of the real ones, and they are valid models."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from benchmarks.serving import checkpoint_sizes
+from benchmarks.serving import checkpoint_sizes, random_model
 from benchmarks.serving.random_model import TINY, write_random_model
 from benchmarks.serving.sizes import SIZES
 from vlmq_serve.calibrate.pipeline import calibrate
@@ -58,3 +59,13 @@ def test_sizes_from_shapes_are_those_of_the_files(tmp_path: Path) -> None:
 
 def weights(folder: Path) -> int:
     return sum(info.nbytes for info in read_tensor_index(folder).values())
+
+
+def test_what_cannot_be_rounded_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["random_model", str(tmp_path), "--size", "mini", "--bits", "5"])
+    with pytest.raises(SystemExit) as ended:
+        random_model.main()
+    assert ended.value.code == 1
+    assert "error: bits: got 5, allowed" in capsys.readouterr().err

@@ -5,7 +5,6 @@ import io
 import os
 
 import pytest
-import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -42,9 +41,9 @@ def test_what_the_system_says_of_a_file_is_one_line(
     def command() -> None:
         raise error
 
-    with pytest.raises(typer.Exit) as exit_info:
+    with pytest.raises(SystemExit) as exit_info:
         command()
-    assert exit_info.value.exit_code == 1
+    assert exit_info.value.code == 1
     assert sink.getvalue().startswith(message)
     assert len(sink.getvalue().splitlines()) == 1
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -32,7 +31,7 @@ err = Console(stderr=True)
 def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
     """Turn a `VLMQError`, or what the system says of a file, into one line on stderr and exit status 1.
 
-    Other exceptions are ours and keep their trace.
+    Other exceptions are ours and keep their trace. For commands of typer and for the `main` of a script.
     """
 
     @functools.wraps(command)
@@ -49,7 +48,7 @@ def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
             message = f"{error.filename or 'output'}: {error.strerror}; check the path, its permissions and free space"
         err.print("[bold red]error:[/] ", end="")
         err.print(message, markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(1)
+        raise SystemExit(1)
 
     return wrapped
 
