@@ -155,7 +155,7 @@ def pip(*arguments: str) -> list[str]:
 
 
 def project_command(kind: str) -> list[str]:
-    return pip("install", "--editable", f"{ROOT}[{kind},eval,bench,dev]")
+    return pip("install", "--editable", f"{ROOT}[{kind},eval,bench,peers,dev]")
 
 
 def step(label: str, command: list[str], seconds: int = STEP_SECONDS) -> None:

@@ -12,8 +12,12 @@ import torch
 from typer.testing import CliRunner, Result
 
 from vlmq_serve.cli import app
-from vlmq_serve.cli.bench import kernel_peers, kernel_results
+from vlmq_serve.cli.bench import kernel_results
 from vlmq_serve.cli.bench.kernels import _peers
+from vlmq_serve.cli.bench.peers import vllm
+from vlmq_serve.cli.bench.peers.auto_round import auto_round_peers
+from vlmq_serve.cli.bench.peers.gemlite import gemlite_peers
+from vlmq_serve.cli.bench.peers.vllm import vllm_peers
 from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.format.scheme import Scheme
 from vlmq_serve.kernels.bench import measure
@@ -29,7 +33,10 @@ def settings() -> measure.Settings:
 
 
 def bench(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["bench", "kernels", *map(str, arguments)], env={"COLUMNS": "200"})
+    """Without peers where nothing else is said: importing vLLM takes longer than these tests."""
+    return CliRunner().invoke(
+        app, ["bench", "kernels", "--peers", "none", *map(str, arguments)], env={"COLUMNS": "200"}
+    )
 
 
 @pytest.fixture
@@ -73,6 +80,17 @@ def test_what_has_to_be_asked_for_is_not_our_speed(tmp_path: Path) -> None:
     kinds = {row.path.split()[0]: row.kind for row in found if row.kind != "dense"}
     assert kinds.pop("cpu_int8", "on request") == "on request"
     assert set(kinds.values()) == {"ours"}
+
+
+@pytest.mark.unit
+@pytest.mark.usefixtures("tiny")
+def test_peers_on_a_cpu_are_measured_beside_ours(tmp_path: Path) -> None:
+    result = bench("-o", tmp_path / "k.csv", "--rows", 1, "--seconds", 0.001, "--bits", 2, "--peers", "auto_round")
+    assert result.exit_code == 0, result.output
+    (peer,) = (r for r in kernel_results.read(tmp_path / "k.csv", measure.environment(settings())) if r.kind == PEER)
+    assert peer.path == "AutoRound bf16"
+    assert peer.error < 5e-3
+    assert "ours over the fastest other" in result.output
 
 
 @pytest.mark.unit
@@ -147,15 +165,17 @@ def test_a_peer_that_fails_while_it_is_built_is_left_out(monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "gemlite", SimpleNamespace(core=fake))
     monkeypatch.setitem(sys.modules, "gemlite.core", fake)
     weight = random_weight(TINY, Scheme(4, 128), torch.bfloat16, CPU)
-    assert list(kernel_peers.gemlite_peers(weight, torch.bfloat16, 1)) == []
+    assert list(gemlite_peers(weight, torch.bfloat16, 1)) == []
 
 
 @pytest.mark.unit
 def test_peers_are_chosen_by_name() -> None:
-    assert _peers("vllm,gemlite") == [kernel_peers.vllm_peers, kernel_peers.gemlite_peers]
-    assert _peers("gemlite") == [kernel_peers.gemlite_peers]
+    assert _peers("vllm,gemlite,auto_round") == [vllm_peers, gemlite_peers, auto_round_peers]
+    assert _peers("gemlite") == [gemlite_peers]
     assert _peers("none") == []
-    with pytest.raises(VLMQError, match=r"--peers: got \['marlin'\], allowed \['vllm', 'gemlite', 'none'\]"):
+    with pytest.raises(
+        VLMQError, match=r"--peers: got \['marlin'\], allowed \['vllm', 'gemlite', 'auto_round', 'none'\]"
+    ):
         _peers("vllm,marlin")
 
 
@@ -172,7 +192,7 @@ def test_layers_are_those_of_the_models() -> None:
 
 @pytest.fixture
 def single_rank() -> Iterator[None]:
-    kernel_peers.start_single_rank()
+    vllm.start_single_rank()
     yield
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -188,9 +208,9 @@ def test_vllm_reads_the_weight_that_we_gave(symmetric: bool) -> None:
 
     scheme = Scheme(4, 64, symmetric)
     weight = random_weight(TINY, scheme, torch.bfloat16, CPU)
-    config = kernel_peers.vllm_config(weight, torch.bfloat16)
+    config = vllm.vllm_config(weight, torch.bfloat16)
     kernel = TritonW4A16LinearKernel(config, "weight_packed", "weight_scale", "weight_zero_point")
-    layer = kernel_peers.vllm_layer(weight, torch.bfloat16)
+    layer = vllm.vllm_layer(weight, torch.bfloat16)
     kernel.process_weights_after_loading(layer)
     shifts = torch.arange(8) * 4
 
@@ -204,9 +224,32 @@ def test_vllm_reads_the_weight_that_we_gave(symmetric: bool) -> None:
 
 
 @pytest.mark.serve
-def test_no_peer_claims_to_run_here() -> None:
+@pytest.mark.usefixtures("single_rank")
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_peers_on_a_cpu_multiply_with_the_same_weight(bits: int, symmetric: bool) -> None:
+    """vLLM's kernel for CPUs has 4 bits; AutoRound's has all. Both as close as their arithmetic: bf16 and fp32.
+    AutoRound's sets the number of OpenMP's threads, which would slow down what is measured after it."""
     if torch.cuda.is_available():
-        pytest.skip("peers run on this machine")
+        pytest.skip("an NVIDIA GPU: other peers run")
+    if not torch.cpu._is_avx512_supported():
+        pytest.skip("no AVX-512, which vLLM's kernel for CPUs needs")
+    scheme = Scheme(bits, 128, symmetric)
+    weight = random_weight(TINY, scheme, torch.bfloat16, CPU)
+    found = [c for peers in (vllm_peers, gemlite_peers, auto_round_peers) for c in peers(weight, torch.bfloat16, 1)]
+    assert [c.name for c in found] == [*(["CPUWNA16 bf16"] if bits == 4 else []), "AutoRound bf16"]
+    threads = torch.get_num_threads()
+    x = torch.randn(5, TINY.in_features).bfloat16()
+    exact = x.double() @ weight.dequantize().double().t()
+    for candidate in found:
+        y = candidate.calls[0](x)
+        assert y.dtype == torch.bfloat16
+        assert (y.double() - exact).norm() / exact.norm() < 5e-3
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.unit
+def test_without_their_packages_peers_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "auto_round_kernel", None)
     weight = random_weight(TINY, Scheme(4, 128), torch.bfloat16, CPU)
-    assert list(kernel_peers.vllm_peers(weight, torch.bfloat16, 1)) == []
-    assert list(kernel_peers.gemlite_peers(weight, torch.bfloat16, 1)) == []
+    assert list(auto_round_peers(weight, torch.bfloat16, 1)) == []

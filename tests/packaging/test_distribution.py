@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "huggingface-hub": "huggingface_hub"}
 # Imported inside functions that first say which extra is missing, or chosen by the extras `cpu` and `cuda`.
-OPTIONAL = {"vllm", "triton", "openai", "psutil", "matplotlib", "gemlite"}
+OPTIONAL = {"vllm", "triton", "openai", "psutil", "matplotlib", "gemlite", "auto_round_kernel"}
 
 pytestmark = pytest.mark.unit
 

@@ -46,7 +46,7 @@ def dry_run(folder: Path, nvidia_smi: str | None) -> str:
 def test_the_machine_decides_which_vllm(tmp_path: Path, nvidia_smi: str | None, kind: str) -> None:
     output = dry_run(tmp_path, nvidia_smi)
     assert f"kind: {kind}" in output
-    assert f"[{kind},eval,bench,dev]" in output
+    assert f"[{kind},eval,bench,peers,dev]" in output
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from vlmq_serve.cli.bench.kernel_peers import start_single_rank
+from vlmq_serve.cli.bench.peers.vllm import start_single_rank
 from vlmq_serve.format.errors import VLMQError
 from vlmq_serve.format.scheme import Scheme
 from vlmq_serve.kernels.bench.layers import Layer, random_weight

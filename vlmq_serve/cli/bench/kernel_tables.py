@@ -69,7 +69,7 @@ def _key(row: tables.Row) -> tables.Key:
 
 def vllm_speeds(found: Sequence[Measurement], dtype: torch.dtype) -> Speeds:
     """What the kernel took that vLLM itself would choose for each layer; empty without vLLM or its kernels."""
-    from vlmq_serve.cli.bench.kernel_peers import vllm_choice
+    from vlmq_serve.cli.bench.peers.vllm import vllm_choice
 
     names: dict[tuple[str, int, int], str | None] = {}
     speeds: Speeds = {}

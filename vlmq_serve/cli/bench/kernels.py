@@ -35,7 +35,9 @@ def kernels(
     dtype: Annotated[str, typer.Option(help="16-bit type: bf16 or fp16.")] = "bf16",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: as torch chooses.")] = 0,
     seconds: Annotated[float, typer.Option(min=0.0, help="Time for each kernel at each M.")] = 0.3,
-    peers: Annotated[str, typer.Option(help="Other packages on a GPU: vllm, gemlite, or none.")] = "vllm,gemlite",
+    peers: Annotated[
+        str, typer.Option(help="Other packages: vllm, gemlite (GPU), auto_round (CPU), or none.")
+    ] = "vllm,gemlite,auto_round",
     quick: Annotated[bool, typer.Option("--quick", help="Only qkv and down at M 1 and 16.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the file holds.")] = False,
     plot: Annotated[Path | None, typer.Option(help="PNG or SVG; needs matplotlib.")] = None,
@@ -66,8 +68,7 @@ def kernels(
     if min(counts) < 1:
         raise VLMQError(f"--rows: got {min(counts)}, allowed 1 and more")
     schemes = _schemes(_numbers("bits", bits), _numbers("group-size", group_size), symmetric)
-    chosen_peers = _peers(peers)
-    others = chosen_peers if on_gpu else []
+    others = _peers(peers)
     where = environment(settings)
     if write_table is not None:
         kernel_tables.check(settings)
@@ -151,9 +152,13 @@ def _schemes(bits: list[int], groups: list[int], symmetric: bool) -> list[str]:
 
 
 def _peers(text: str) -> "list[PeerFactory]":
-    from vlmq_serve.cli.bench.kernel_peers import gemlite_peers, vllm_peers
+    from vlmq_serve.cli.bench.peers.auto_round import auto_round_peers
+    from vlmq_serve.cli.bench.peers.gemlite import gemlite_peers
+    from vlmq_serve.cli.bench.peers.vllm import vllm_peers
 
-    known: dict[str, list[PeerFactory]] = {"vllm": [vllm_peers], "gemlite": [gemlite_peers], "none": []}
+    known: dict[str, list[PeerFactory]] = {
+        "vllm": [vllm_peers], "gemlite": [gemlite_peers], "auto_round": [auto_round_peers], "none": []
+    }  # fmt: skip
     unknown = set(text.split(",")) - set(known)
     if unknown:
         raise VLMQError(f"--peers: got {sorted(unknown)}, allowed {list(known)}, with commas between")

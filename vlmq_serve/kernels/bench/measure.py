@@ -61,7 +61,7 @@ class Measurement:
 
 def environment(settings: Settings) -> dict[str, str]:
     """What a row must say about where it was measured; rows with the same values may be compared."""
-    packages = ("triton", "vllm", "humming", "gemlite")
+    packages = ("triton", "vllm", "humming", "gemlite", "auto-round-lib")
     versions = [f"{name} {version}" for name in packages if (version := _version(name))]
     return {
         "device": device_name(settings.device),
