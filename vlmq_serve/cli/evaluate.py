@@ -50,19 +50,17 @@ def evaluate(
 
     Example: vlmq eval http://localhost:8000/v1 --data eval.jsonl
     """
-    from vlmq_serve.calibrate.chats import read_chats
     from vlmq_serve.evaluate.place import Place
     from vlmq_serve.evaluate.run import check_questions, evaluate_chats, read_evaluation
 
     earlier = read_evaluation(reference) if reference else None
-    check_questions(data, limit, earlier)
+    check_questions(data, limit, earlier)  # a fault takes no time to find, the model minutes to load
     if output is not None:
         check_output(output, overwrite)
     remote = model.startswith(("http://", "https://"))
     if remote:
         _check_options_of_a_server(device, dtype, simulate)
     place = None if remote else Place.choose(device, dtype)
-    read_chats(data)  # a fault takes no time to find, the model minutes to load
     out.print(f"evaluate {model} {f'in transformers, {place}' if place else 'over the OpenAI API'} on {data}")
     if place is None:
         answer = _remote(model, batch_size, max_new_tokens)
