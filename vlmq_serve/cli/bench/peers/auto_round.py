@@ -61,6 +61,8 @@ def _multiply(kernel: Any, packed: Tensor, kind: tuple[Any, ...], x: Tensor) -> 
 def _threads_kept() -> Iterator[None]:
     """Its functions may leave the process with another number of OpenMP threads, for everybody."""
     threads = torch.get_num_threads()
-    yield
-    if torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
